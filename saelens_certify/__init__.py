@@ -1,14 +1,24 @@
-"""Faithfulness certificates for sparse autoencoders, for SAELens and TransformerLens."""
+"""Faithfulness certificates for sparse autoencoders, for SAELens and TransformerLens.
 
-from saelens_certify import bounds, saes
+Names are imported when they are first used: the operators (`saelens_certify.ops`) then need torch
+only, and neither SAELens nor TransformerLens nor datasets.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# A function named like its module must be imported here: the module's import would hide it later.
 from saelens_certify.build_info import build_info
-from saelens_certify.certificate import Certificate
-from saelens_certify.certification import certify
-from saelens_certify.config import CertifyConfig
-from saelens_certify.data import Sequences, as_sequences, split
 from saelens_certify.errors import CertifyError, EvidenceError
-from saelens_certify.verification import Verification, verify
 from saelens_certify.version import __version__
+
+if TYPE_CHECKING:
+    from saelens_certify import bounds, ops, saes
+    from saelens_certify.certificate import Certificate
+    from saelens_certify.certification import certify
+    from saelens_certify.config import CertifyConfig
+    from saelens_certify.data import Sequences, as_sequences, split
+    from saelens_certify.verification import Verification, verify
 
 __all__ = [
     "Certificate",
@@ -22,7 +32,34 @@ __all__ = [
     "bounds",
     "build_info",
     "certify",
+    "ops",
     "saes",
     "split",
     "verify",
 ]
+
+_MODULES = ("bounds", "ops", "saes")
+_HOMES = {
+    "Certificate": "certificate",
+    "CertifyConfig": "config",
+    "Sequences": "data",
+    "Verification": "verification",
+    "as_sequences": "data",
+    "certify": "certification",
+    "split": "data",
+    "verify": "verification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

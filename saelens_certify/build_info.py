@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
 import torch
 
-from saelens_certify.ops._library import BUILD_REPORT, library
+from saelens_certify.ops._library import build_report, cuda_library, library
 
 
 def build_info() -> dict[str, Any]:
@@ -17,32 +16,34 @@ def build_info() -> dict[str, Any]:
     Returns:
         ``native``: whether compiled operators are active, and ``implementation``: "native" or
         "torch", what ``impl="auto"`` takes for CPU tensors; ``reason``: why not native (empty if
-        so); ``torch``: the version running; ``cuda``: its CUDA version (None: CPU build) and
-        ``cuda_operators``: why none are compiled; ``build``: what the build reported (torch built
-        against, flags, outcome of each part); ``compiled``: compiler, C++ standard, pybind11 and
-        instruction sets, as told by the torch-free module, if it is there.
+        so); ``torch``: the version running; ``cuda``: its CUDA version (None: CPU build);
+        ``cuda_operators``: the operators compiled for CUDA tensors that are loaded, ``cuda_reason``:
+        why there are none (empty if there are), ``cuda_architectures``: what they were compiled for;
+        ``build``: what the build reported (torch built against, flags, outcome of each part);
+        ``compiled``: compiler, C++ standard, pybind11 and instruction sets, as told by the
+        torch-free module, if it is there.
     """
-    found = library()
-    report = _build_report()
-    built = report.get("operators", "")
-    explained = found.path is not None or not built.startswith("not built")
+    found, cuda, report = library(), cuda_library(), build_report()
     return {
         "native": found.path is not None,
         "implementation": "torch" if found.path is None else "native",
-        "reason": found.reason if explained else f"{found.reason}: {built}",
+        "reason": found.reason,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "cuda_operators": report.get("cuda", "unknown: the build left no report"),
+        "cuda_operators": [] if cuda.path is None else _cuda_operators(),
+        "cuda_reason": cuda.reason,
+        "cuda_architectures": report.get("cuda_architectures", []),
         "isa_requested": os.environ.get("SAELENS_CERTIFY_ISA"),
         "build": report,
         "compiled": _compiled(),
     }
 
 
-def _build_report() -> dict[str, Any]:
-    if not BUILD_REPORT.exists():
-        return {}
-    return json.loads(BUILD_REPORT.read_text(encoding="utf-8"))
+def _cuda_operators() -> list[str]:
+    """Operators of this package that the dispatcher has a CUDA kernel for."""
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
+    prefix = "saelens_certify::"
+    return sorted(name[len(prefix) :] for name in registered if name.startswith(prefix))
 
 
 def _compiled() -> dict[str, str] | None:

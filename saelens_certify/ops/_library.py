@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -20,7 +22,7 @@ BUILD_REPORT = PACKAGE / "_build_report.json"
 
 @dataclass(frozen=True)
 class Library:
-    """The compiled operators, or why there are none.
+    """A library of compiled operators, or why there is none.
 
     Attributes:
         path: The shared library that was loaded, if any.
@@ -32,20 +34,45 @@ class Library:
 
 
 @cache
-def library() -> Library:
-    """Load the compiled operators once; later calls return the same answer."""
-    names = [f"_C{suffix}" for suffix in EXTENSION_SUFFIXES]
-    path = next((PACKAGE / name for name in names if (PACKAGE / name).exists()), None)
-    if path is None:
-        return Library(None, "this installation has no compiled operators")
-    try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        return Library(None, f"{path.name} does not load with torch {torch.__version__}: {error}")
-    from saelens_certify.ops import fakes
+def build_report() -> dict[str, Any]:
+    """What the build left about itself, empty if it left nothing (CMake leaves nothing)."""
+    if not BUILD_REPORT.exists():
+        return {}
+    return json.loads(BUILD_REPORT.read_text(encoding="utf-8"))
 
-    fakes.register()
-    return Library(path, "")
+
+@cache
+def library() -> Library:
+    """Load the compiled operators for CPU tensors once; later calls return the same answer."""
+    loaded = _load("_C", "this installation has no compiled operators", "operators")
+    if loaded.path is not None:
+        from saelens_certify.ops import fakes
+
+        fakes.register()
+    return loaded
+
+
+@cache
+def cuda_library() -> Library:
+    """Load the compiled operators for CUDA tensors once, on top of those for CPU tensors."""
+    if torch.version.cuda is None:
+        return Library(None, f"torch {torch.__version__} was built without CUDA")
+    if library().path is None:
+        return Library(None, library().reason)
+    return _load("_cuda", "this installation has no compiled operators for CUDA", "cuda")
+
+
+@cache
+def architecture_problem(capability: tuple[int, int]) -> str:
+    """Why the CUDA library has no code for a device of this compute capability, empty if it has."""
+    compiled = build_report().get("cuda_architectures", [])
+    if not compiled or any(_serves(target, capability) for target in compiled):
+        return ""
+    return (
+        f"the CUDA operators were compiled for {', '.join(compiled)} and the device has compute "
+        f"capability {capability[0]}.{capability[1]}: build again with "
+        f"TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]} (8.0 is the oldest possible)"
+    )
 
 
 def use_native(impl: Impl, device: torch.device) -> bool:
@@ -63,10 +90,43 @@ def use_native(impl: Impl, device: torch.device) -> bool:
         raise CertifyError(f"impl = {impl!r} is unknown: choose 'auto', 'native' or 'torch'")
     if impl == "torch":
         return False
-    if device.type != "cpu":
-        missing = f"there are no compiled operators for {device.type} in this version"
-    else:
-        missing = library().reason
+    missing = _missing(device)
     if missing and impl == "native":
         raise CertifyError(f"impl = 'native' is not possible: {missing}; use impl = 'auto'")
     return not missing
+
+
+def _missing(device: torch.device) -> str:
+    if device.type == "cpu":
+        return library().reason
+    if device.type == "cuda":
+        return cuda_library().reason or architecture_problem(
+            torch.cuda.get_device_capability(device)
+        )
+    return f"there are no compiled operators for {device.type}"
+
+
+def _load(stem: str, absent: str, part: str) -> Library:
+    names = [f"{stem}{suffix}" for suffix in EXTENSION_SUFFIXES]
+    path = next((PACKAGE / name for name in names if (PACKAGE / name).exists()), None)
+    if path is None:
+        told = build_report().get(part, "")
+        return Library(None, f"{absent}: {told}" if told.startswith("not built") else absent)
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return Library(None, f"{path.name} does not load with torch {torch.__version__}: {error}")
+    return Library(path, "")
+
+
+def _serves(target: str, capability: tuple[int, int]) -> bool:
+    """Whether machine code (sm_80) or PTX (compute_90) runs on a device of this capability."""
+    parsed = re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", target)
+    if parsed is None:
+        return False
+    major, minor = int(parsed[2]), int(parsed[3])
+    if parsed[4]:
+        return (major, minor) == capability
+    if parsed[1] == "sm":
+        return major == capability[0] and minor <= capability[1]
+    return (major, minor) <= capability

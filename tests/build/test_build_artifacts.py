@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import tarfile
@@ -11,10 +10,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from symbols import undefined_symbols, unstable_symbols
 
 from saelens_certify import build_info
-from saelens_certify.ops._library import library
+from saelens_certify.ops._library import PACKAGE, library
 
+BUILT = build_info()["build"]
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ["csrc", "build_support", "saelens_certify", "setup.py", "pyproject.toml", "CMakeLists.txt"]
 
@@ -58,40 +59,28 @@ def report(wheel: Path) -> dict:
         return json.loads(archive.read("saelens_certify/_build_report.json"))
 
 
-def undefined_symbols(path: Path) -> set[str]:
-    """Undefined dynamic symbols of a 64-bit little-endian ELF file."""
-    data = path.read_bytes()
-    assert data[:6] == b"\x7fELF\x02\x01"
-    (table,) = struct.unpack_from("<Q", data, 0x28)
-    entry, count = struct.unpack_from("<HH", data, 0x3A)
-    sections = [struct.unpack_from("<IIQQQQIIQQ", data, table + i * entry) for i in range(count)]
-    found = set()
-    for kind, offset, size, link in ((s[1], s[4], s[5], s[6]) for s in sections):
-        if kind != 11:  # SHT_DYNSYM
-            continue
-        strings = sections[link][4]
-        for at in range(offset, offset + size, 24):
-            name, _, _, section = struct.unpack_from("<IBBH", data, at)
-            if section == 0 and name:
-                end = data.index(b"\0", strings + name)
-                found.add(data[strings + name : end].decode())
-    return found
-
-
-def test_operators_use_only_the_stable_interface():
+@pytest.mark.parametrize("part", ["_C", *(["_cuda"] if BUILT["cuda"] == "built" else [])])
+def test_operators_use_only_the_stable_interface(part):
     """So one file serves every torch from 2.11 on: it does not matter which it was built against."""
-    path = library().path
-    assert path is not None, build_info()["reason"]
+    path = PACKAGE / f"{part}.abi3.so"
+    assert path.exists(), build_info()["reason"]
     symbols = undefined_symbols(path)
     assert "torch_call_dispatcher" in symbols
-    ours = {name for name in symbols if "torch" in name or "c10" in name or "at_" in name[:3]}
-    assert {n for n in ours if not n.startswith(("torch_", "aoti_torch_"))} == set()
-    # Nothing from CPython either, and C++ only from the standard library.
-    assert {n for n in symbols if n.startswith(("Py", "_Py"))} == set()
-    mangled = subprocess.run(
-        ["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True
-    ).stdout
-    assert not any(space in mangled for space in ("c10::", "at::", "torch::"))
+    # Nothing else of torch, nothing of CPython, and the CUDA runtime is inside.
+    assert unstable_symbols(symbols) == set()
+
+
+def test_symbols_that_tie_to_one_version_are_noticed():
+    stable = {"torch_call_dispatcher", "aoti_torch_get_size", "memcpy", "_ZdlPv", "currency"}
+    unstable = {
+        "_ZN3c106detail14torchCheckFailEPKcS2_jS2_",
+        "_ZN2at4_ops2mm4callERKNS_6TensorES4_",
+        "PyErr_SetString",
+        "cudaLaunchKernel",
+        "__cudaRegisterFatBinary",
+        "cuCtxGetCurrent",
+    }
+    assert unstable_symbols(stable | unstable) == unstable
 
 
 def test_build_info_says_what_is_active():
@@ -99,7 +88,9 @@ def test_build_info_says_what_is_active():
     assert info["native"] == (library().path is not None)
     assert info["implementation"] == ("native" if info["native"] else "torch")
     assert bool(info["reason"]) != info["native"]
-    assert info["cuda_operators"].startswith("this version has no CUDA operators")
+    assert bool(info["cuda_reason"]) != bool(info["cuda_operators"])
+    if info["cuda"] is None:
+        assert info["cuda_reason"] == f"torch {info['torch']} was built without CUDA"
     assert info["build"]["operators"] == "built"
     assert info["compiled"]["isa_active"] in ("scalar", "avx2", "avx512")
     json.dumps(info)
@@ -112,7 +103,9 @@ def test_source_distribution_holds_the_sources(checkout, tmp_path):
         "csrc/ops/encode.cpp",
         "csrc/ops/encode.h",
         "csrc/ops/cpu/row_kernels.inl",
+        "csrc/ops/cuda/device.h",
         "build_support/backend.py",
+        "build_support/cuda_toolkit.py",
         "CMakeLists.txt",
         "setup.py",
         "tests/cpp/check.h",
@@ -160,11 +153,10 @@ def test_a_required_extension_must_build(checkout, tmp_path):
         build(checkout, "build_wheel", tmp_path, **environment)
 
 
-def test_extension_can_be_declined_and_cuda_cannot_be_demanded(checkout, tmp_path):
+def test_extension_can_be_declined(checkout, tmp_path):
     wheel = build(checkout, "build_wheel", tmp_path, SAELENS_CERTIFY_NO_EXTENSION="1")
-    assert report(wheel)["operators"] == "not built: SAELENS_CERTIFY_NO_EXTENSION=1"
-    with pytest.raises(RuntimeError, match="no CUDA operators"):
-        build(checkout, "build_wheel", tmp_path, SAELENS_CERTIFY_CUDA="1")
+    for part in ("operators", "native", "cuda"):
+        assert report(wheel)[part] == "not built: SAELENS_CERTIFY_NO_EXTENSION=1"
 
 
 def test_backend_asks_for_torch_only_where_there_is_none(checkout, tmp_path):
