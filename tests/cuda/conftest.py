@@ -46,6 +46,8 @@ def backend(request) -> Backend:
     cpu = _library.library()
     assert cpu.path is not None, cpu.reason
     if request.config.getoption("device", "emulated") == "cuda":
+        cuda = _library.cuda_library()
+        assert cuda.path is not None, cuda.reason
         return Backend("cuda", torch.ops.saelens_certify, torch.device("cuda", 0))
     if cuda_emulation.sanitized() and "asan" not in os.environ.get("LD_PRELOAD", ""):
         pytest.fail(f"the sanitizers need LD_PRELOAD: {cuda_emulation.__doc__}")
