@@ -1,11 +1,15 @@
 #include "ops/decode.h"
 
+#include <algorithm>
+
+#include "ops/schemas.h"
+
 namespace saelens_certify {
 
 namespace {
 
 DecodeArgs checked(Tensor values, Tensor indices, Tensor counts, Tensor weight, OptionalTensor bias,
-                   OptionalTensor target) {
+                   OptionalTensor permutations, OptionalTensor target) {
   check_tensor("values", values, ScalarType::Float, 2);
   check_tensor("indices", indices, ScalarType::Int, 2);
   check_tensor("counts", counts, ScalarType::Int, 1);
@@ -30,32 +34,55 @@ DecodeArgs checked(Tensor values, Tensor indices, Tensor counts, Tensor weight, 
                       " in row ", row, ", but there are ", weight.size(0), " features");
     }
   }
-  return {values, indices, counts, weight, bias, target, type};
+  if (permutations.has_value()) {
+    check_tensor("permutations", *permutations, ScalarType::Int, 2);
+    check_size("permutations", *permutations, 1, weight.size(0));
+    if (permutations->numel() > 0) {
+      const int32_t* feature = data_of<int32_t>(*permutations);
+      const auto [low, high] = std::minmax_element(feature, feature + permutations->numel());
+      STD_TORCH_CHECK(*low >= 0 && *high < weight.size(0), "permutations span ", *low, " to ",
+                      *high, ", expected features 0 to ", weight.size(0) - 1);
+    }
+  }
+  return {values, indices, counts, weight, bias, permutations, target, type};
 }
 
 Tensor decode(Tensor values, Tensor indices, Tensor counts, Tensor weight, OptionalTensor bias) {
-  return std::get<0>(decode_cpu(checked(values, indices, counts, weight, bias, std::nullopt)));
+  return std::get<0>(
+      decode_cpu(checked(values, indices, counts, weight, bias, std::nullopt, std::nullopt)));
 }
 
 std::tuple<Tensor, Tensor> decode_stats(Tensor values, Tensor indices, Tensor counts, Tensor weight,
                                         OptionalTensor bias, Tensor target) {
-  return decode_cpu(checked(values, indices, counts, weight, bias, target));
+  return decode_cpu(checked(values, indices, counts, weight, bias, std::nullopt, target));
+}
+
+Tensor decode_permuted(Tensor values, Tensor indices, Tensor counts, Tensor weight,
+                       OptionalTensor bias, Tensor permutations) {
+  return decode_permuted_cpu(
+      checked(values, indices, counts, weight, bias, permutations, std::nullopt));
+}
+
+Tensor decode_permuted_stats(Tensor values, Tensor indices, Tensor counts, Tensor weight,
+                             OptionalTensor bias, Tensor permutations, Tensor target) {
+  return decode_permuted_stats_cpu(
+      checked(values, indices, counts, weight, bias, permutations, target));
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(saelens_certify, m) {
-  m.def(
-      "decode(Tensor values, Tensor indices, Tensor counts, Tensor weight, Tensor? bias) -> "
-      "Tensor");
-  m.def(
-      "decode_stats(Tensor values, Tensor indices, Tensor counts, Tensor weight, Tensor? bias, "
-      "Tensor target) -> (Tensor, Tensor)");
+  m.def(schemas::kDecode);
+  m.def(schemas::kDecodeStats);
+  m.def(schemas::kDecodePermuted);
+  m.def(schemas::kDecodePermutedStats);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(saelens_certify, CPU, m) {
   m.impl("decode", TORCH_BOX(&decode));
   m.impl("decode_stats", TORCH_BOX(&decode_stats));
+  m.impl("decode_permuted", TORCH_BOX(&decode_permuted));
+  m.impl("decode_permuted_stats", TORCH_BOX(&decode_permuted_stats));
 }
 
 }  // namespace saelens_certify

@@ -9,17 +9,23 @@
 namespace saelens_certify {
 
 struct DecodeArgs {
-  Tensor values;          // float32 [tokens, slots]
-  Tensor indices;         // int32 [tokens, slots]
-  Tensor counts;          // int32 [tokens]
-  Tensor weight;          // real [d_sae, d_out]
-  OptionalTensor bias;    // float32 [d_out]
-  OptionalTensor target;  // float32 [tokens, d_out]
+  Tensor values;                // float32 [tokens, slots]
+  Tensor indices;               // int32 [tokens, slots]
+  Tensor counts;                // int32 [tokens]
+  Tensor weight;                // real [d_sae, d_out]
+  OptionalTensor bias;          // float32 [d_out]
+  OptionalTensor permutations;  // int32 [n_permutations, d_sae]
+  OptionalTensor target;        // float32 [tokens, d_out]
   Real weight_type;
 };
 
 // The reconstruction, and with a target the float64 sums over d_out, per row:
 // |target - x|^2, |target|^2, |x|^2, target.x, sum of target. Without one: no rows.
 std::tuple<Tensor, Tensor> decode_cpu(const DecodeArgs& args);
+
+// For every permutation the reconstruction from renamed features [n_permutations, tokens, d_out],
+// or its sums [n_permutations, tokens, 5] without the reconstructions.
+Tensor decode_permuted_cpu(const DecodeArgs& args);
+Tensor decode_permuted_stats_cpu(const DecodeArgs& args);
 
 }  // namespace saelens_certify

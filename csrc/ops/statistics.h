@@ -1,5 +1,7 @@
 // Loss statistics of next-token predictions, one read of the logits. The smoothed loss of a token
-// with gold probability p is -log2((1 - alpha) p + alpha / d_vocab) bits.
+// with gold probability p is -log2((1 - alpha) p + alpha / d_vocab) bits. With a softcap (0: none)
+// logits are softcap * tanh(logit / softcap), as TransformerLens applies it: -inf becomes -softcap.
+// The most likely token is that of the logits before the cap, which keeps their order.
 #pragma once
 
 #include <tuple>
@@ -8,17 +10,26 @@
 
 namespace saelens_certify {
 
+struct PredictionArgs {
+  Tensor targets;  // int64 [tokens]
+  double alpha;
+  double softcap;
+  int64_t d_vocab;
+};
+
+// Checks what all operators on predictions share; `columns` is the width of the logits.
+PredictionArgs checked_prediction(Tensor targets, int64_t tokens, int64_t columns, double alpha,
+                                  double softcap, int64_t d_vocab);
+
 // Loss (bits), log-sum-exp (nats), gold log-probability (nats), most likely token. A row with NaN
-// or +inf, or only -inf, gives NaN.
-std::tuple<Tensor, Tensor, Tensor, Tensor> token_stats_cpu(const Tensor& logits, Real type,
-                                                           const Tensor& targets, double alpha,
-                                                           int64_t d_vocab);
+// or, without a cap, with +inf or only -inf, gives NaN.
+using TokenStats = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+TokenStats token_stats_cpu(const Tensor& logits, Real type, const PredictionArgs& args);
 
 // Both losses (bits), KL(base || other) (bits), agreement of the most likely tokens, absolute gap
 // of the gold log-probabilities (bits).
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_stats_cpu(const Tensor& base,
-                                                                  const Tensor& other, Real type,
-                                                                  const Tensor& targets,
-                                                                  double alpha, int64_t d_vocab);
+using PairStats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+PairStats pair_stats_cpu(const Tensor& base, const Tensor& other, Real type,
+                         const PredictionArgs& args);
 
 }  // namespace saelens_certify

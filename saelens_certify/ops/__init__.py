@@ -6,8 +6,9 @@ native one with the same contract; ``impl`` chooses.
 
 from saelens_certify.ops._library import Impl
 from saelens_certify.ops.codes import SparseCodes
-from saelens_certify.ops.decode import decode
+from saelens_certify.ops.decode import decode, decode_permuted, decode_permuted_stats
 from saelens_certify.ops.encode import threshold_encode, topk_encode
+from saelens_certify.ops.head import head_pair_stats, head_stats
 from saelens_certify.ops.margin import weight_norms
 from saelens_certify.ops.pool import count_outside, pool_bits, pool_count_, restrict
 from saelens_certify.ops.statistics import PairStats, TokenStats, pair_stats, token_stats
@@ -19,6 +20,10 @@ __all__ = [
     "TokenStats",
     "count_outside",
     "decode",
+    "decode_permuted",
+    "decode_permuted_stats",
+    "head_pair_stats",
+    "head_stats",
     "pair_stats",
     "pool_bits",
     "pool_count_",

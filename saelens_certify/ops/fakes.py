@@ -91,20 +91,90 @@ def _decode_stats(
     return _decode(values, indices, counts, weight, bias), stats
 
 
-def _token_stats(logits: Tensor, targets: Tensor, alpha: float, d_vocab: int) -> tuple[Tensor, ...]:
-    del alpha, d_vocab
+def _decode_permuted(
+    values: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    permutations: Tensor,
+) -> Tensor:
+    del indices, counts, bias
+    return values.new_empty((permutations.shape[0], values.shape[0], weight.shape[1]))
+
+
+def _decode_permuted_stats(
+    values: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    permutations: Tensor,
+    target: Tensor,
+) -> Tensor:
+    del indices, counts, weight, bias, target
+    shape = (permutations.shape[0], values.shape[0], 5)
+    return values.new_empty(shape, dtype=torch.float64)
+
+
+def _of_tokens(targets: Tensor) -> tuple[Tensor, ...]:
     tokens = (targets.shape[0],)
-    double = [logits.new_empty(tokens, dtype=torch.float64) for _ in range(3)]
-    return (*double, logits.new_empty(tokens, dtype=torch.int32))
+    double = [targets.new_empty(tokens, dtype=torch.float64) for _ in range(3)]
+    return (*double, targets.new_empty(tokens, dtype=torch.int32))
+
+
+def _of_pairs(targets: Tensor) -> tuple[Tensor, ...]:
+    tokens = (targets.shape[0],)
+    bits_base, bits, kl, gap = (targets.new_empty(tokens, dtype=torch.float64) for _ in range(4))
+    return bits_base, bits, kl, targets.new_empty(tokens, dtype=torch.bool), gap
+
+
+def _token_stats(
+    logits: Tensor, targets: Tensor, alpha: float, softcap: float, d_vocab: int
+) -> tuple[Tensor, ...]:
+    del logits, alpha, softcap, d_vocab
+    return _of_tokens(targets)
 
 
 def _pair_stats(
-    base_logits: Tensor, logits: Tensor, targets: Tensor, alpha: float, d_vocab: int
+    base_logits: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    alpha: float,
+    softcap: float,
+    d_vocab: int,
 ) -> tuple[Tensor, ...]:
-    del base_logits, alpha, d_vocab
-    tokens = (targets.shape[0],)
-    bits_base, bits, kl, gap = (logits.new_empty(tokens, dtype=torch.float64) for _ in range(4))
-    return bits_base, bits, kl, logits.new_empty(tokens, dtype=torch.bool), gap
+    del base_logits, logits, alpha, softcap, d_vocab
+    return _of_pairs(targets)
+
+
+def _head_stats(
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    alpha: float,
+    softcap: float,
+    d_vocab: int,
+    column_tile: int,
+) -> tuple[Tensor, ...]:
+    del residual, weight, bias, alpha, softcap, d_vocab, column_tile
+    return _of_tokens(targets)
+
+
+def _head_pair_stats(
+    base_residual: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    alpha: float,
+    softcap: float,
+    d_vocab: int,
+    column_tile: int,
+) -> tuple[Tensor, ...]:
+    del base_residual, residual, weight, bias, alpha, softcap, d_vocab, column_tile
+    return _of_pairs(targets)
 
 
 _FAKES = {
@@ -115,6 +185,10 @@ _FAKES = {
     "count_outside": _count_outside,
     "decode": _decode,
     "decode_stats": _decode_stats,
+    "decode_permuted": _decode_permuted,
+    "decode_permuted_stats": _decode_permuted_stats,
     "token_stats": _token_stats,
     "pair_stats": _pair_stats,
+    "head_stats": _head_stats,
+    "head_pair_stats": _head_pair_stats,
 }

@@ -61,6 +61,7 @@ def token_stats(
     targets: Int64[Tensor, " tokens"],
     alpha: float,
     *,
+    softcap: float | None = None,
     d_vocab: int | None = None,
     impl: Impl = "auto",
 ) -> TokenStats:
@@ -70,6 +71,8 @@ def token_stats(
         logits: One row per token; float32, bfloat16 or float16; -inf masks a token.
         targets: The gold token of every row.
         alpha: Smoothing, 0 <= alpha < 1.
+        softcap: Replace logits by ``softcap * tanh(logits / softcap)`` first, as TransformerLens
+            does; -inf then becomes -softcap and masks nothing. None or 0: leave them.
         d_vocab: True vocabulary size where the head is padded; columns beyond are ignored.
         impl: "auto", "native" or "torch".
 
@@ -78,14 +81,14 @@ def token_stats(
 
     Raises:
         CertifyError: Shapes, types or devices do not fit, a target lies outside the vocabulary,
-            or a row holds NaN or +inf, or only -inf.
+            or a row holds NaN or, without a softcap, +inf or only -inf.
     """
-    logits, targets, size = _checked("logits", logits, targets, alpha, d_vocab)
+    logits, targets, cap, size = _checked("logits", logits, targets, alpha, softcap, d_vocab)
+    operator = reference.token_stats
     if use_native(impl, logits.device):
-        stats = TokenStats(*torch.ops.saelens_certify.token_stats(logits, targets, alpha, size))
-    else:
-        stats = TokenStats(*reference.token_stats(logits, targets, alpha, size))
-    _check_rows("logits", stats.lse)
+        operator = torch.ops.saelens_certify.token_stats
+    stats = TokenStats(*operator(logits, targets, alpha, cap, size))
+    check_predictions("logits", stats.lse)
     return stats
 
 
@@ -96,6 +99,7 @@ def pair_stats(
     targets: Int64[Tensor, " tokens"],
     alpha: float,
     *,
+    softcap: float | None = None,
     d_vocab: int | None = None,
     impl: Impl = "auto",
 ) -> PairStats:
@@ -106,6 +110,8 @@ def pair_stats(
         logits: The other model's logits, same shape and type.
         targets: The gold token of every row.
         alpha: Smoothing, 0 <= alpha < 1.
+        softcap: Replace logits by ``softcap * tanh(logits / softcap)`` first, as TransformerLens
+            does; -inf then becomes -softcap and masks nothing. None or 0: leave them.
         d_vocab: True vocabulary size where the head is padded; columns beyond are ignored.
         impl: "auto", "native" or "torch".
 
@@ -118,33 +124,69 @@ def pair_stats(
     check_shape("logits", logits, tuple(base_logits.shape))
     check_dtype("logits", logits, (base_logits.dtype,))
     check_device("logits", logits, base_logits.device)
-    base_logits, targets, size = _checked("base_logits", base_logits, targets, alpha, d_vocab)
+    base_logits, targets, cap, size = _checked(
+        "base_logits", base_logits, targets, alpha, softcap, d_vocab
+    )
+    operator = reference.pair_stats
     if use_native(impl, logits.device):
-        stats = PairStats(
-            *torch.ops.saelens_certify.pair_stats(
-                base_logits, logits.contiguous(), targets, alpha, size
-            )
-        )
-    else:
-        stats = PairStats(*reference.pair_stats(base_logits, logits, targets, alpha, size))
-    _check_rows("base_logits", stats.bits_base)
-    _check_rows("logits", stats.bits)
+        operator = torch.ops.saelens_certify.pair_stats
+    stats = PairStats(*operator(base_logits, logits.contiguous(), targets, alpha, cap, size))
+    check_predictions("base_logits", stats.bits_base)
+    check_predictions("logits", stats.bits)
     return stats
 
 
 def _checked(
-    name: str, logits: Tensor, targets: Tensor, alpha: float, d_vocab: int | None
-) -> tuple[Tensor, Tensor, int]:
+    name: str,
+    logits: Tensor,
+    targets: Tensor,
+    alpha: float,
+    softcap: float | None,
+    d_vocab: int | None,
+) -> tuple[Tensor, Tensor, float, int]:
     check_shape(name, logits, (None, None))
     check_dtype(name, logits, REAL_DTYPES)
-    check_shape("targets", targets, (logits.shape[0],))
+    cap, size = check_prediction(name, logits, logits.shape[1], targets, alpha, softcap, d_vocab)
+    return logits.contiguous(), targets.contiguous(), cap, size
+
+
+def check_prediction(
+    name: str,
+    rows: Tensor,
+    columns: int,
+    targets: Tensor,
+    alpha: float,
+    softcap: float | None,
+    d_vocab: int | None,
+) -> tuple[float, int]:
+    """Check what all operators on predictions share.
+
+    Args:
+        name: What the logits, or what they are computed from, is called.
+        rows: That tensor, one row per token.
+        columns: Number of logits per token.
+        targets: The gold token of every row.
+        alpha: Smoothing.
+        softcap: Cap of the logits, if any.
+        d_vocab: True vocabulary size, if smaller.
+
+    Returns:
+        The cap (0: none) and the vocabulary size.
+
+    Raises:
+        CertifyError: One of them does not fit.
+    """
+    check_shape("targets", targets, (rows.shape[0],))
     check_dtype("targets", targets, (torch.int64,))
-    check_device("targets", targets, logits.device)
+    check_device("targets", targets, rows.device)
     if not 0 <= alpha < 1:
         raise CertifyError(f"alpha = {alpha}: smoothing must satisfy 0 <= alpha < 1")
-    size = logits.shape[1] if d_vocab is None else d_vocab
-    if not 1 <= size <= logits.shape[1]:
-        raise CertifyError(f"d_vocab = {size} does not fit {name} of {logits.shape[1]} columns")
+    cap = 0.0 if softcap is None else float(softcap)
+    if not 0 <= cap < float("inf"):
+        raise CertifyError(f"softcap = {softcap} must be positive and finite (None: no cap)")
+    size = columns if d_vocab is None else d_vocab
+    if not 1 <= size <= columns:
+        raise CertifyError(f"d_vocab = {size} does not fit {name} of {columns} columns")
     if targets.numel():
         low, high = (int(end) for end in torch.aminmax(targets))
         if low < 0 or high >= size:
@@ -152,10 +194,11 @@ def _checked(
                 f"target token {low if low < 0 else high} lies outside the vocabulary of {size}: "
                 "were the tokens made by another model's tokenizer?"
             )
-    return logits.contiguous(), targets.contiguous(), size
+    return cap, size
 
 
-def _check_rows(name: str, marker: Tensor) -> None:
+def check_predictions(name: str, marker: Tensor) -> None:
+    """Raise if a row has no distribution (its marker is NaN), naming the first such row."""
     bad = torch.isnan(marker)
     if bool(bad.any()):
         raise CertifyError(

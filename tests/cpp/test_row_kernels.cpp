@@ -72,7 +72,7 @@ void check_gather(int64_t n, int32_t count) {
   for (int32_t slot = 0; slot < count; ++slot) indices.push_back((slot * 7) % 20);
   std::vector<float> out(n, 0.0f), wanted(n, 0.0f);
   row_kernels().gather(values.data(), indices.data(), count, weights.data(), Real::kFloat32, n,
-                       out.data());
+                       nullptr, out.data());
   for (int32_t slot = 0; slot < count; ++slot) {
     for (int64_t i = 0; i < n; ++i) {
       wanted[i] = std::fma(values[slot], weights[indices[slot] * n + i], wanted[i]);
@@ -110,7 +110,7 @@ void check_softmax(int64_t n, float spread) {
   SoftmaxRow state = {-INFINITY, 0, 0.0};
   for (int64_t first = 0; first < n; first += kSoftmaxBlock) {
     const int64_t count = std::min(kSoftmaxBlock, n - first);
-    row_kernels().softmax(logits.data() + first, count, first, &state);
+    row_kernels().softmax(logits.data() + first, count, first, 0.0, &state);
   }
   int32_t argmax = 0;
   for (int64_t i = 0; i < n; ++i) argmax = logits[i] > logits[argmax] ? int32_t(i) : argmax;

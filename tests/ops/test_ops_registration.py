@@ -26,6 +26,7 @@ def samples():
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
     targets = torch.arange(6)
     norms = weight_norms(W)
+    orders = torch.rand(3, 100, generator=torch.Generator().manual_seed(0)).argsort(1).int()
     return {
         "topk_encode": [
             (x, W, bias, scale, theta, norms, bits, 7, error, 0, 0),
@@ -40,8 +41,21 @@ def samples():
         "count_outside": [(codes.indices, bits)],
         "decode": [(*parts, W, None), (*parts, W.bfloat16(), torch.randn(40))],
         "decode_stats": [(*parts, W, None, x)],
-        "token_stats": [(logits, targets, 0.1, 47), (logits.bfloat16(), targets, 0.1, 50)],
-        "pair_stats": [(logits, logits + 1, targets, 0.1, 50)],
+        "decode_permuted": [(*parts, W, None, orders), (*parts, W.half(), torch.randn(40), orders)],
+        "decode_permuted_stats": [(*parts, W, None, orders, x)],
+        "token_stats": [
+            (logits, targets, 0.1, 0.0, 47),
+            (logits.bfloat16(), targets, 0.1, 3.0, 50),
+        ],
+        "pair_stats": [
+            (logits, logits + 1, targets, 0.1, 0.0, 50),
+            (logits.half(), logits.half(), targets, 0.1, 3.0, 47),
+        ],
+        "head_stats": [
+            (x, W.t(), None, targets, 0.1, 0.0, 99, 0),
+            (x.bfloat16(), W.bfloat16().t(), bias, targets, 0.1, 3.0, 100, 33),
+        ],
+        "head_pair_stats": [(x, x + 1, W.t().contiguous(), bias, targets, 0.1, 3.0, 100, 7)],
     }
 
 
@@ -76,7 +90,17 @@ def test_compiled_operators_check_their_arguments(impl):
     fails("decode", 2, calls["decode"][2] + 1000, "counts hold")
     fails("count_outside", 1, torch.zeros(1, dtype=torch.int32), "indices span")
     fails("token_stats", 1, torch.full((6,), 47), "target 47 of row 0")
+    fails("decode_permuted", 5, torch.zeros(2, 99, dtype=torch.int32), "permutations has size 99")
+    fails("decode_permuted", 5, calls["decode_permuted"][5] + 1, "permutations span 1 to 100")
+    fails("decode_permuted_stats", 6, torch.zeros(6, 41), "target has size 41")
     fails("token_stats", 2, 1.5, "alpha = 1.5")
+    fails("token_stats", 3, -1.0, "softcap = -1")
+    fails("head_stats", 1, torch.zeros(41, 100), "weight has size 41 in dimension 0")
+    fails("head_stats", 1, torch.zeros(40, 100).half(), "weight has type Half")
+    fails("head_stats", 2, torch.zeros(99), "bias has size 99")
+    fails("head_stats", 7, -1, "column_tile = -1")
+    fails("head_pair_stats", 1, torch.zeros(6, 40).half(), "residual differs in type")
+    fails("head_pair_stats", 1, torch.zeros(5, 40), "residual has size 5")
     fails("pair_stats", 1, torch.zeros(6, 50).half(), "logits differ in type")
 
 

@@ -23,9 +23,9 @@ struct FilterRow {
 
 // Running state of softmax sums over one row.
 struct SoftmaxRow {
-  float top;       // largest logit so far, -inf at the start
+  float top;       // largest logit so far, not capped, -inf at the start
   int32_t argmax;  // its lowest column
-  double sum;      // sum of exp(logit - top)
+  double sum;      // sum of exp(logit - top), both capped if there is a cap
 };
 
 // Running state over a pair of rows: softmax sums, and the weighted difference of logits
@@ -46,9 +46,10 @@ struct RowKernels {
   // `n` may be below 64 in the last block of a row.
   int (*filter)(const FilterRow& row, int64_t n, int32_t* hits);
 
-  // out += values[s] * W[indices[s]], s ascending, one float32 fused multiply-add per element.
+  // out = sum over s of values[s] * W[indices[s]], s ascending from zero, one float32 fused
+  // multiply-add per element and slot; then + bias, if not null.
   void (*gather)(const float* values, const int32_t* indices, int32_t count, const void* w,
-                 Real type, int64_t n, float* out);
+                 Real type, int64_t n, const float* bias, float* out);
 
   // |x - y|^2, |x|^2, |y|^2, x.y, sum of x in float64 lanes.
   void (*moments)(const float* x, const float* y, int64_t n, double* out);
@@ -56,9 +57,13 @@ struct RowKernels {
   // Converts n numbers to float32.
   void (*widen)(const void* from, Real type, int64_t n, float* to);
 
-  // Adds n logits (at most kSoftmaxBlock), the first of them column `column`, to the state.
-  void (*softmax)(const float* logits, int64_t n, int64_t column, SoftmaxRow* state);
-  void (*softmax_pair)(const float* base, const float* other, int64_t n, int64_t column,
+  // cap * tanh(logit / cap) of n logits.
+  void (*softcap)(const float* logits, int64_t n, double cap, double* out);
+
+  // Adds n logits (at most kSoftmaxBlock), the first of them column `column`, to the state; soft-
+  // capped before, unless the cap is 0.
+  void (*softmax)(const float* logits, int64_t n, int64_t column, double cap, SoftmaxRow* state);
+  void (*softmax_pair)(const float* base, const float* other, int64_t n, int64_t column, double cap,
                        SoftmaxPair* state);
 };
 

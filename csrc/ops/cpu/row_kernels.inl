@@ -24,7 +24,7 @@ SC_INLINE V load(const void* from) {
 }
 
 template <typename V>
-SC_INLINE V splat(float x) {
+SC_INLINE V splat(decltype(V{}[0] + 0) x) {
   return x - V{};
 }
 
@@ -120,21 +120,25 @@ double dot(const float* x, const void* w, Real type, int64_t n) {
   }
 }
 
+// Eight lanes at a time, so that their sums stay in registers.
 void moments(const float* x, const float* y, int64_t n, double* out) {
-  double lanes[5][kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t at = 0; at < kLanes; at += 8) {
-      const f64x8 a = __builtin_convertvector(load<f32x8>(x + i + at), f64x8);
-      const f64x8 b = __builtin_convertvector(load<f32x8>(y + i + at), f64x8);
-      const f64x8 terms[5] = {(a - b) * (a - b), a * a, b * b, a * b, a};
-      for (int s = 0; s < 5; ++s) {
-        f64x8 sum = load<f64x8>(&lanes[s][at]) + terms[s];
-        std::memcpy(&lanes[s][at], &sum, sizeof(sum));
-      }
+  double lanes[5][kLanes];
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t at = 0; at < kLanes; at += 8) {
+    f64x8 error = {}, xx = {}, yy = {}, xy = {}, x_sum = {};
+    for (int64_t i = at; i < whole; i += kLanes) {
+      const f64x8 a = __builtin_convertvector(load<f32x8>(x + i), f64x8);
+      const f64x8 b = __builtin_convertvector(load<f32x8>(y + i), f64x8);
+      error += (a - b) * (a - b);
+      xx += a * a;
+      yy += b * b;
+      xy += a * b;
+      x_sum += a;
     }
+    const f64x8 sums[5] = {error, xx, yy, xy, x_sum};
+    for (int s = 0; s < 5; ++s) std::memcpy(&lanes[s][at], &sums[s], sizeof(sums[s]));
   }
-  for (int64_t j = 0; i < n; ++i, ++j) {
+  for (int64_t i = whole, j = 0; i < n; ++i, ++j) {
     const double a = x[i], b = y[i];
     const double terms[5] = {(a - b) * (a - b), a * a, b * b, a * b, a};
     for (int s = 0; s < 5; ++s) lanes[s][j] += terms[s];
@@ -186,53 +190,9 @@ int filter(const FilterRow& row, int64_t n, int32_t* hits) {
 
 // --- gather decoding -----------------------------------------------------------------------
 
-template <typename W>
-SC_INLINE void gather_as(const float* values, const int32_t* indices, int32_t count,
-                         const typename W::type* w, int64_t n, float* out) {
-  int32_t slot = 0;
-  // Four slots per sweep: the chain of each element stays in slot order.
-  for (; slot + 4 <= count; slot += 4) {
-    const typename W::type* row[4];
-    for (int s = 0; s < 4; ++s) row[s] = w + int64_t(indices[slot + s]) * n;
-    const float v0 = values[slot], v1 = values[slot + 1];
-    const float v2 = values[slot + 2], v3 = values[slot + 3];
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-      const f32x16 a = W::sixteen(row[0] + i), b = W::sixteen(row[1] + i);
-      const f32x16 c = W::sixteen(row[2] + i), d = W::sixteen(row[3] + i);
-      for (int j = 0; j < 16; ++j) {
-        float sum = __builtin_fmaf(v0, a[j], out[i + j]);
-        sum = __builtin_fmaf(v1, b[j], sum);
-        sum = __builtin_fmaf(v2, c[j], sum);
-        out[i + j] = __builtin_fmaf(v3, d[j], sum);
-      }
-    }
-    for (; i < n; ++i) {
-      float sum = __builtin_fmaf(v0, W::one(row[0] + i), out[i]);
-      sum = __builtin_fmaf(v1, W::one(row[1] + i), sum);
-      sum = __builtin_fmaf(v2, W::one(row[2] + i), sum);
-      out[i] = __builtin_fmaf(v3, W::one(row[3] + i), sum);
-    }
-  }
-  for (; slot < count; ++slot) {
-    const typename W::type* row = w + int64_t(indices[slot]) * n;
-    for (int64_t i = 0; i < n; ++i) {
-      out[i] = __builtin_fmaf(values[slot], W::one(row + i), out[i]);
-    }
-  }
-}
+#include "ops/cpu/gather.inl"
 
-void gather(const float* values, const int32_t* indices, int32_t count, const void* w, Real type,
-            int64_t n, float* out) {
-  switch (type) {
-    case Real::kBFloat16:
-      return gather_as<BFloat16>(values, indices, count, static_cast<const uint16_t*>(w), n, out);
-    case Real::kFloat16:
-      return gather_as<Float16>(values, indices, count, static_cast<const uint16_t*>(w), n, out);
-    default:
-      return gather_as<Float32>(values, indices, count, static_cast<const float*>(w), n, out);
-  }
-}
+// --- conversion ----------------------------------------------------------------------------
 
 template <typename W>
 SC_INLINE void widen_as(const typename W::type* from, int64_t n, float* to) {
@@ -255,13 +215,16 @@ void widen(const void* from, Real type, int64_t n, float* to) {
   }
 }
 
+#include "ops/cpu/softcap.inl"
 #include "ops/cpu/softmax.inl"
 
 #undef SC_INLINE
 
-constexpr RowKernels kKernels = {dot, filter, gather, moments, widen, softmax, softmax_pair};
+constexpr RowKernels kKernels = {dot,   filter,  gather,  moments,
+                                 widen, softcap, softmax, softmax_pair};
 
 }  // namespace
 }  // namespace saelens_certify::SAELENS_CERTIFY_VARIANT
 
 #undef SAELENS_CERTIFY_VARIANT
+#undef SAELENS_CERTIFY_GATHER_WIDTH

@@ -7,6 +7,7 @@
 #include "ops/cpu/row_kernels.h"
 
 #if SAELENS_CERTIFY_X86_VARIANTS
+#include <immintrin.h>
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2"))), apply_to = function)
 #else
@@ -14,6 +15,8 @@
 #pragma GCC target("avx2,fma,bmi,bmi2")
 #endif
 #define SAELENS_CERTIFY_VARIANT avx2
+#define SAELENS_CERTIFY_GATHER_WIDTH 8
+#define SAELENS_CERTIFY_FMA(a, b, c) _mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c))
 #include "ops/cpu/row_kernels.inl"
 #if defined(__clang__)
 #pragma clang attribute pop

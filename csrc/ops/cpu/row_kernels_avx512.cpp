@@ -7,6 +7,7 @@
 #include "ops/cpu/row_kernels.h"
 
 #if SAELENS_CERTIFY_X86_VARIANTS
+#include <immintrin.h>
 #if defined(__clang__)
 #pragma clang attribute push(                                                        \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2"))), \
@@ -16,6 +17,8 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2")
 #endif
 #define SAELENS_CERTIFY_VARIANT avx512
+#define SAELENS_CERTIFY_GATHER_WIDTH 16
+#define SAELENS_CERTIFY_FMA(a, b, c) _mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c))
 #include "ops/cpu/row_kernels.inl"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -5,6 +5,7 @@
 #include "ops/cpu/row_kernels.h"
 
 #define SAELENS_CERTIFY_VARIANT baseline
+#define SAELENS_CERTIFY_GATHER_WIDTH 0
 #include "ops/cpu/row_kernels.inl"
 
 namespace saelens_certify {

@@ -1,4 +1,5 @@
-// Softmax sums of a block of logits; part of row_kernels.inl.
+// Softmax sums of a block of logits; part of row_kernels.inl. With a cap the logits are soft-capped
+// first; the largest stays the largest, so that the state's maximum is that of the plain logits.
 
 // exp(x) for x <= 0, relative error below 2e-7; NaN stays NaN, below -87 gives 0. Products and
 // sums are rounded separately, so that every instruction set gives the same bits.
@@ -35,21 +36,26 @@ SC_INLINE float largest(const float* logits, int64_t n) {
   return best;
 }
 
-// Raises the state's maximum to that of the block; returns the shift to subtract from logits.
-SC_INLINE float raise_top(const float* logits, int64_t n, int64_t column, SoftmaxRow* state,
-                          double* factor) {
+// Raises the state's maximum to that of the block; returns what to subtract from (capped) logits.
+SC_INLINE double raise_top(const float* logits, int64_t n, int64_t column, double cap,
+                           SoftmaxRow* state, double* factor) {
+  const auto level = [cap](float top) {
+    double capped = top;
+    if (cap > 0) softcap(&top, 1, cap, &capped);
+    return capped;
+  };
   const float best = largest(logits, n);
   *factor = 1.0;
   if (best > state->top) {
     int64_t at = 0;
     while (logits[at] != best) ++at;
     state->argmax = int32_t(column + at);
-    *factor = state->sum == 0.0 ? 1.0 : __builtin_exp(double(state->top) - double(best));
+    *factor = state->sum == 0.0 ? 1.0 : __builtin_exp(level(state->top) - level(best));
     state->top = best;
     state->sum *= *factor;
   }
   // While every logit is -inf there is no maximum to subtract; exp(-inf) = 0 all the same.
-  return state->top == -__builtin_inff() ? 0.0f : state->top;
+  return cap == 0 && state->top == -__builtin_inff() ? 0.0 : level(state->top);
 }
 
 SC_INLINE double sum_lanes(const f32x16* lane) {
@@ -60,57 +66,67 @@ SC_INLINE double sum_lanes(const f32x16* lane) {
   return sum;
 }
 
-// The last, short part of a block, filled up with -inf.
-SC_INLINE void copy_tail(const float* logits, int64_t n, float* tail) {
-  for (int64_t j = 0; j < 64; ++j) tail[j] = j < n ? logits[j] : -__builtin_inff();
+// The last, short part of a block, filled up.
+SC_INLINE void copy_tail(const float* from, int64_t n, float filling, float* tail) {
+  for (int64_t j = 0; j < 64; ++j) tail[j] = j < n ? from[j] : filling;
 }
 
 // 64 lanes of float32: at most 32 terms per lane and block, then float64.
-void softmax(const float* logits, int64_t n, int64_t column, SoftmaxRow* state) {
-  double factor;
-  const float shift = raise_top(logits, n, column, state, &factor);
+SC_INLINE double sum_exp(const float* logits, int64_t n, float shift) {
   f32x16 lane[4] = {};
   float tail[64];
   for (int64_t i = 0; i < n; i += 64) {
     const float* part = logits + i;
     if (n - i < 64) {
-      copy_tail(part, n - i, tail);
+      copy_tail(part, n - i, -__builtin_inff(), tail);
       part = tail;
     }
     for (int v = 0; v < 4; ++v) lane[v] += exp_nonpositive(load<f32x16>(part + 16 * v) - shift);
   }
-  state->sum += sum_lanes(lane);
+  return sum_lanes(lane);
 }
 
-void softmax_pair(const float* base, const float* other, int64_t n, int64_t column,
-                  SoftmaxPair* state) {
-  double factor, unused;
-  const float base_shift = raise_top(base, n, column, &state->base, &factor);
-  const float other_shift = raise_top(other, n, column, &state->other, &unused);
-  state->gap *= factor;
-  if (!state->has_offset && state->base.top > -__builtin_inff() &&
-      state->other.top > -__builtin_inff()) {
-    // Taking out the common difference keeps the sum of differences small and accurate. No term
-    // was added before: a finite offset exists as soon as both rows have a finite logit, and
-    // earlier blocks, if any, had only infinite differences.
-    state->offset = base_shift - other_shift;
-    state->has_offset = true;
+void softmax(const float* logits, int64_t n, int64_t column, double cap, SoftmaxRow* state) {
+  double factor;
+  const double top = raise_top(logits, n, column, cap, state, &factor);
+  if (cap == 0) {
+    state->sum += sum_exp(logits, n, float(top));
+    return;
   }
+  double capped[kSoftmaxBlock];
+  float shifted[kSoftmaxBlock];
+  softcap(logits, n, cap, capped);
+  for (int64_t i = 0; i < n; ++i) shifted[i] = float(capped[i] - top);
+  state->sum += sum_exp(shifted, n, 0.0f);
+}
+
+// Adds a block of two rows, whose maxima are subtracted here. `gap` holds (base - other) - offset
+// for each logit; without it, that is computed.
+SC_INLINE void add_pair(const float* base, const float* other, const float* gap, int64_t n,
+                        float base_shift, float other_shift, SoftmaxPair* state) {
   f32x16 base_lane[4] = {}, other_lane[4] = {}, gap_lane[4] = {};
-  float base_tail[64], other_tail[64];
+  float base_tail[64], other_tail[64], gap_tail[64];
   for (int64_t i = 0; i < n; i += 64) {
-    const float *a = base + i, *b = other + i;
+    const float *a = base + i, *b = other + i, *g = gap == nullptr ? nullptr : gap + i;
     if (n - i < 64) {
-      copy_tail(a, n - i, base_tail);
-      copy_tail(b, n - i, other_tail);
+      copy_tail(a, n - i, -__builtin_inff(), base_tail);
+      copy_tail(b, n - i, -__builtin_inff(), other_tail);
       a = base_tail;
       b = other_tail;
+      if (g != nullptr) {
+        copy_tail(g, n - i, 0.0f, gap_tail);
+        g = gap_tail;
+      }
     }
     for (int v = 0; v < 4; ++v) {
       const f32x16 p = load<f32x16>(a + 16 * v), q = load<f32x16>(b + 16 * v);
       const f32x16 weight = exp_nonpositive(p - base_shift);
       base_lane[v] += weight;
       other_lane[v] += exp_nonpositive(q - other_shift);
+      if (g != nullptr) {
+        gap_lane[v] += weight * load<f32x16>(g + 16 * v);
+        continue;
+      }
       // A token that the base masks contributes nothing; one that only the other masks makes the
       // divergence infinite, however small its weight.
       const f32x16 infinity = splat<f32x16>(__builtin_inff());
@@ -122,4 +138,36 @@ void softmax_pair(const float* base, const float* other, int64_t n, int64_t colu
   state->base.sum += sum_lanes(base_lane);
   state->other.sum += sum_lanes(other_lane);
   state->gap += sum_lanes(gap_lane);
+}
+
+void softmax_pair(const float* base, const float* other, int64_t n, int64_t column, double cap,
+                  SoftmaxPair* state) {
+  double factor, unused;
+  const double base_top = raise_top(base, n, column, cap, &state->base, &factor);
+  const double other_top = raise_top(other, n, column, cap, &state->other, &unused);
+  // Once infinite, it stays so, however far earlier tokens fall behind.
+  if (state->gap < __builtin_inf()) state->gap *= factor;
+  const bool finite = state->base.top > -__builtin_inff() && state->other.top > -__builtin_inff();
+  if (!state->has_offset && (finite || cap > 0)) {
+    // Taking out the common difference keeps the sum of differences small and accurate. No term
+    // was added before: a finite offset exists as soon as both rows have a finite logit (capped
+    // ones are all finite), and earlier blocks, if any, had only infinite differences.
+    state->offset = float(base_top - other_top);
+    state->has_offset = true;
+  }
+  if (cap == 0) {
+    add_pair(base, other, nullptr, n, float(base_top), float(other_top), state);
+    return;
+  }
+  double base_capped[kSoftmaxBlock], other_capped[kSoftmaxBlock];
+  float base_shifted[kSoftmaxBlock], other_shifted[kSoftmaxBlock], gap[kSoftmaxBlock];
+  softcap(base, n, cap, base_capped);
+  softcap(other, n, cap, other_capped);
+  const double offset = state->offset;
+  for (int64_t i = 0; i < n; ++i) {
+    base_shifted[i] = float(base_capped[i] - base_top);
+    other_shifted[i] = float(other_capped[i] - other_top);
+    gap[i] = float((base_capped[i] - other_capped[i]) - offset);
+  }
+  add_pair(base_shifted, other_shifted, gap, n, 0.0f, 0.0f, state);
 }

@@ -63,6 +63,48 @@ def decode(
     return x_hat, stats
 
 
+def decode_permuted(
+    values: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    permutations: Tensor,
+) -> Tensor:
+    """Reconstruction of every token under every renaming of the features."""
+    shape = (permutations.shape[0], values.shape[0], W_dec.shape[1])
+    x_hat = torch.empty(shape, dtype=torch.float32, device=values.device)
+    for r, permutation in enumerate(permutations):
+        renamed = _renamed(indices, permutation)
+        x_hat[r], _ = decode(values, renamed, counts, W_dec, b_dec, None)
+    return x_hat
+
+
+def decode_permuted_stats(
+    values: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    permutations: Tensor,
+    target: Tensor,
+) -> Tensor:
+    """Error statistics of every token under every renaming of the features."""
+    shape = (permutations.shape[0], values.shape[0], 5)
+    stats = torch.empty(shape, dtype=torch.float64, device=values.device)
+    for r, permutation in enumerate(permutations):
+        renamed = _renamed(indices, permutation)
+        _, of_one = decode(values, renamed, counts, W_dec, b_dec, target)
+        if of_one is not None:
+            stats[r] = of_one
+    return stats
+
+
+def _renamed(indices: Tensor, permutation: Tensor) -> Tensor:
+    # Unused slots are never looked at.
+    return permutation[indices.clamp(min=0).long()]
+
+
 def _decode_rows(values: Tensor, indices: Tensor, counts: Tensor, W_dec: Tensor) -> Tensor:
     total = torch.zeros(values.shape[0], W_dec.shape[1], device=values.device)
     slots = int(counts.max()) if values.shape[0] else 0

@@ -14,28 +14,36 @@ def _row_chunk(d_vocab: int) -> int:
     return max(1, _CHUNK_BYTES // (8 * d_vocab))
 
 
-def _log_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and log-sum-exp in float64; masked (-inf) columns stay -inf."""
+def capped(logits: Tensor, softcap: float) -> Tensor:
+    """Logits in float64, soft-capped unless the cap is 0: then -inf becomes -softcap."""
     wide = logits.double()
+    return wide if softcap == 0 else softcap * torch.tanh(wide / softcap)
+
+
+def _log_softmax(logits: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and log-sum-exp in float64; masked (-inf) columns stay -inf."""
+    wide = capped(logits, softcap)
     lse = wide.logsumexp(1)
     # A full -inf row has no distribution: its log-sum-exp is -inf, reported as NaN.
     lse = torch.where(torch.isfinite(lse), lse, torch.nan)
     return wide - lse.unsqueeze(1), lse
 
 
-def _argmax(logits: Tensor) -> Tensor:
+def first_argmax(logits: Tensor) -> Tensor:
+    """Lowest column of the largest logit, int32; a softcap does not change the order."""
     # torch.argmax leaves ties open; the first column that equals the maximum does not.
     columns = torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)
     at_top = logits == logits.amax(1, keepdim=True)
     return torch.where(at_top, columns, logits.shape[1]).amin(1)
 
 
-def _bits(gold: Tensor, alpha: float, d_vocab: int) -> Tensor:
+def smoothed_bits(gold: Tensor, alpha: float, d_vocab: int) -> Tensor:
+    """Smoothed loss of gold log-probabilities."""
     return -torch.log2((1 - alpha) * gold.exp() + alpha / d_vocab)
 
 
 def token_stats(
-    logits: Tensor, targets: Tensor, alpha: float, d_vocab: int
+    logits: Tensor, targets: Tensor, alpha: float, softcap: float, d_vocab: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Smoothed loss (bits), log-sum-exp, gold log-probability (nats), most likely token."""
     n_tokens = logits.shape[0]
@@ -47,20 +55,26 @@ def token_stats(
     for start in range(0, n_tokens, step):
         rows = slice(start, start + step)
         part = logits[rows, :d_vocab]
-        logprobs, lse[rows] = _log_softmax(part)
+        logprobs, lse[rows] = _log_softmax(part, softcap)
         gold[rows] = logprobs.gather(1, targets[rows].unsqueeze(1)).squeeze(1)
-        bits[rows] = _bits(gold[rows], alpha, d_vocab)
-        argmax[rows] = _argmax(part)
+        bits[rows] = smoothed_bits(gold[rows], alpha, d_vocab)
+        argmax[rows] = first_argmax(part)
     return bits, lse, gold, argmax
 
 
-def _gap(gold_base: Tensor, gold: Tensor) -> Tensor:
+def gap_bits(gold_base: Tensor, gold: Tensor) -> Tensor:
+    """Absolute gap of log-probabilities."""
     # Equal infinities (a masked gold token) are no gap.
     return torch.where(gold_base == gold, 0.0, (gold_base - gold).abs()) / math.log(2)
 
 
 def pair_stats(
-    base_logits: Tensor, logits: Tensor, targets: Tensor, alpha: float, d_vocab: int
+    base_logits: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    alpha: float,
+    softcap: float,
+    d_vocab: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Both losses (bits), KL(base || other) (bits), agreement, gap of gold log-probabilities."""
     n_tokens = logits.shape[0]
@@ -72,18 +86,21 @@ def pair_stats(
     for start in range(0, n_tokens, step):
         rows = slice(start, start + step)
         base_part, part = base_logits[rows, :d_vocab], logits[rows, :d_vocab]
-        (base_logprobs, _), (logprobs, _) = _log_softmax(base_part), _log_softmax(part)
+        (base_logprobs, _), (logprobs, _) = (
+            _log_softmax(base_part, softcap),
+            _log_softmax(part, softcap),
+        )
         at = targets[rows].unsqueeze(1)
         gold_base = base_logprobs.gather(1, at).squeeze(1)
         gold = logprobs.gather(1, at).squeeze(1)
-        bits_base[rows] = _bits(gold_base, alpha, d_vocab)
-        bits[rows] = _bits(gold, alpha, d_vocab)
+        bits_base[rows] = smoothed_bits(gold_base, alpha, d_vocab)
+        bits[rows] = smoothed_bits(gold, alpha, d_vocab)
         terms = base_logprobs.exp() * (base_logprobs - logprobs)
         # What only the other model masks makes the divergence infinite, however small its weight.
         terms = torch.where(logprobs == -torch.inf, torch.inf, terms)
         terms = torch.where(base_logprobs == -torch.inf, 0.0, terms)
         # Rounding may put the divergence of equal predictions just below zero.
         kl[rows] = (terms.sum(1) / math.log(2)).clamp(min=0)
-        agree[rows] = _argmax(base_part) == _argmax(part)
-        gap[rows] = _gap(gold_base, gold)
+        agree[rows] = first_argmax(base_part) == first_argmax(part)
+        gap[rows] = gap_bits(gold_base, gold)
     return bits_base, bits, kl, agree, gap

@@ -1,0 +1,161 @@
+#include <algorithm>
+#include <vector>
+
+#include "ops/cpu/prediction.h"
+#include "ops/head.h"
+
+namespace saelens_certify {
+
+namespace {
+
+// With the default columns a tile of logits takes 2 MiB; more rows would not speed up the product.
+constexpr int64_t kRowChunk = 256;
+
+Tensor narrowed(Tensor tensor, int64_t dimension, int64_t first, int64_t count) {
+  return torch::stable::narrow(tensor, dimension, first, count);
+}
+
+Tensor reshaped(const Tensor& flat, int64_t rows, int64_t columns) {
+  const int64_t shape[2] = {rows, columns};
+  return torch::stable::view(narrowed(flat, 0, 0, rows * columns), {shape, 2});
+}
+
+Tensor in_float32(const Tensor& tensor) {
+  if (tensor.scalar_type() == ScalarType::Float) return tensor;
+  Tensor wide = empty_tensor({tensor.size(0), tensor.size(1)}, ScalarType::Float);
+  torch::stable::copy_(wide, tensor);
+  return wide;
+}
+
+// A tile of columns of the head: its weights in float32, its bias, and room for logits.
+class HeadTile {
+ public:
+  explicit HeadTile(const HeadArgs& args) : args_(args), weight_(args.weight) {}
+
+  // Columns [first, first + count).
+  void load(int64_t first, int64_t count) {
+    first_ = first;
+    count_ = count;
+    const Tensor part = narrowed(args_.weight, 1, first, count);
+    if (part.scalar_type() == ScalarType::Float) {
+      weight_ = part;
+      return;
+    }
+    const int64_t d_model = part.size(0);
+    if (!widened_.has_value()) {
+      widened_ = empty_tensor({d_model * args_.column_tile}, ScalarType::Float);
+    }
+    // In the order in which the weights lie, which is the fast way to copy them.
+    const bool tied = args_.weight.stride(0) == 1;
+    Tensor wide = reshaped(*widened_, tied ? count : d_model, tied ? d_model : count);
+    weight_ = tied ? torch::stable::transpose(wide, 0, 1) : wide;
+    torch::stable::copy_(weight_, part);
+  }
+
+  // Logits of some rows of a residual, before the bias, in room number `which`.
+  void multiply(const Tensor& residual, int64_t row, int64_t rows, int which) {
+    if (!room_[which].has_value()) {
+      room_[which] = empty_tensor({kRowChunk * args_.column_tile}, ScalarType::Float);
+    }
+    matrix_product(narrowed(residual, 0, row, rows), weight_,
+                   reshaped(*room_[which], rows, count_));
+  }
+
+  // The logits of a row, the bias added.
+  const float* finished(int64_t row, int which) const {
+    float* logits = mutable_data_of<float>(*room_[which]) + row * count_;
+    if (args_.bias.has_value()) {
+      const float* bias = data_of<float>(args_.bias) + first_;
+      for (int64_t i = 0; i < count_; ++i) logits[i] += bias[i];
+    }
+    return logits;
+  }
+
+  // Calls add(offset, count) for the blocks of a row that the softmax kernels take.
+  template <typename Add>
+  void for_each_block(const Add& add) const {
+    for (int64_t at = 0; at < count_; at += kSoftmaxBlock) {
+      add(at, std::min(kSoftmaxBlock, count_ - at));
+    }
+  }
+
+  bool holds(int64_t column) const { return first_ <= column && column < first_ + count_; }
+  int64_t first() const { return first_; }
+
+ private:
+  const HeadArgs& args_;
+  int64_t first_ = 0, count_ = 0;
+  Tensor weight_;
+  OptionalTensor widened_, room_[2];
+};
+
+// Calls visit(tile, row, local row) for every row and tile of columns; rows in parallel, tiles in
+// order and outside, so that the weights are read and converted once.
+template <int kResiduals, typename Visit>
+void for_each_tile(const Tensor (&given)[kResiduals], const HeadArgs& args, const Visit& visit) {
+  std::vector<Tensor> residuals;
+  for (const Tensor& residual : given) residuals.push_back(in_float32(residual));
+  const int64_t tokens = residuals[0].size(0), d_vocab = args.prediction.d_vocab;
+  HeadTile tile(args);
+  for (int64_t first = 0; tokens > 0 && first < d_vocab; first += args.column_tile) {
+    tile.load(first, std::min(args.column_tile, d_vocab - first));
+    for (int64_t start = 0; start < tokens; start += kRowChunk) {
+      const int64_t rows = std::min(kRowChunk, tokens - start);
+      for (int which = 0; which < kResiduals; ++which) {
+        tile.multiply(residuals[which], start, rows, which);
+      }
+      torch::stable::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) visit(tile, start + row, row);
+      });
+    }
+  }
+}
+
+}  // namespace
+
+TokenStats head_stats_cpu(const Tensor& residual, const HeadArgs& args) {
+  const PredictionArgs& prediction = args.prediction;
+  const int64_t tokens = residual.size(0);
+  const int64_t* target = data_of<int64_t>(prediction.targets);
+  std::vector<SoftmaxRow> states(tokens, kEmptyRow);
+  std::vector<float> gold(tokens);
+  const Tensor residuals[1] = {residual};
+  for_each_tile(residuals, args, [&](const HeadTile& tile, int64_t row, int64_t local) {
+    const float* logits = tile.finished(local, 0);
+    tile.for_each_block([&](int64_t at, int64_t count) {
+      row_kernels().softmax(logits + at, count, tile.first() + at, prediction.softcap,
+                            &states[row]);
+    });
+    if (tile.holds(target[row])) gold[row] = logits[target[row] - tile.first()];
+  });
+  const TokenResults results(prediction);
+  for (int64_t row = 0; row < tokens; ++row) results.write(row, states[row], gold[row]);
+  return results.tensors();
+}
+
+PairStats head_pair_stats_cpu(const Tensor& base, const Tensor& other, const HeadArgs& args) {
+  const PredictionArgs& prediction = args.prediction;
+  const int64_t tokens = base.size(0);
+  const int64_t* target = data_of<int64_t>(prediction.targets);
+  std::vector<SoftmaxPair> states(tokens, kEmptyPair);
+  std::vector<float> base_gold(tokens), gold(tokens);
+  const Tensor residuals[2] = {base, other};
+  for_each_tile(residuals, args, [&](const HeadTile& tile, int64_t row, int64_t local) {
+    const float *p = tile.finished(local, 0), *q = tile.finished(local, 1);
+    tile.for_each_block([&](int64_t at, int64_t count) {
+      row_kernels().softmax_pair(p + at, q + at, count, tile.first() + at, prediction.softcap,
+                                 &states[row]);
+    });
+    if (tile.holds(target[row])) {
+      base_gold[row] = p[target[row] - tile.first()];
+      gold[row] = q[target[row] - tile.first()];
+    }
+  });
+  const PairResults results(prediction);
+  for (int64_t row = 0; row < tokens; ++row) {
+    results.write(row, states[row], base_gold[row], gold[row]);
+  }
+  return results.tensors();
+}
+
+}  // namespace saelens_certify
