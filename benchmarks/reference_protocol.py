@@ -135,6 +135,49 @@ def reference_evaluate(
     return ReferenceEvidence(**{name: torch.cat(parts) for name, parts in columns.items()})
 
 
+@torch.inference_mode()
+def reference_permuted_losses(
+    model: Any,
+    sae: SAE[Any],
+    permutations: Int[Tensor, "permutations d_sae"],
+    tokens: Int[Tensor, "sequences pos"],
+    k: int | None = 64,
+    batch_size: int = PUBLISHED_BATCH,
+    alpha: float = 0.5,
+) -> Float[Tensor, "permutations sequences"]:
+    """Measure the loss when feature j is decoded as ``permutations[r][j]``: a whole forward for each.
+
+    Args:
+        model: HookedTransformer or TransformerBridge.
+        sae: The SAE; its metadata names the hook.
+        permutations: One permutation of the features per row.
+        tokens: Token ids, whole sequences without pads.
+        k: Features kept per token, as published; None keeps the SAE's own code.
+        batch_size: Sequences a forward.
+        alpha: Smoothing of the loss.
+
+    Returns:
+        One loss per permutation and sequence.
+    """
+    hook_name = sae.cfg.metadata.hook_name
+    losses: list[Tensor] = []
+    for batch in tokens.split(batch_size):
+        _, cache = model.run_with_cache(batch, names_filter=[hook_name], return_type=None)
+        selected = keep_topk(sae.encode(cache[hook_name]), k)
+        of_batch = []
+        for permutation in permutations.long():
+            shuffled = torch.zeros_like(selected).index_copy_(-1, permutation, selected)
+            reconstruction = sae.decode(shuffled)
+
+            def splice(activation: Tensor, hook: Any, put: Tensor = reconstruction) -> Tensor:  # noqa: ARG001
+                return put
+
+            logits = model.run_with_hooks(batch, fwd_hooks=[(hook_name, splice)])
+            of_batch.append(smoothed_loss(logits, batch, alpha))
+        losses.append(torch.stack(of_batch))
+    return torch.cat(losses, dim=1)
+
+
 def tokens_per_second(
     model: Any,
     sae: SAE[Any],
@@ -159,34 +202,6 @@ def tokens_per_second(
     return calibration, evaluation
 
 
-def _gpt2_shape(layer: int) -> tuple[Any, SAE[Any]]:
-    """A model and an SAE of GPT-2 small's shape with random weights: timing needs no others."""
-    from sae_lens import StandardSAE
-    from sae_lens.saes.sae import SAEMetadata
-    from sae_lens.saes.standard_sae import StandardSAEConfig
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-    model = HookedTransformer(
-        HookedTransformerConfig(
-            n_layers=12,
-            d_model=768,
-            d_head=64,
-            n_heads=12,
-            d_mlp=3072,
-            d_vocab=50257,
-            n_ctx=1024,
-            act_fn="gelu_new",
-            normalization_type="LN",
-            seed=0,
-            device="cpu",
-        )
-    )
-    torch.manual_seed(0)
-    metadata = SAEMetadata(hook_name=f"blocks.{layer}.hook_resid_pre")
-    sae = StandardSAE(StandardSAEConfig(d_in=768, d_sae=24576, metadata=metadata))
-    return model.eval(), sae.eval()
-
-
 def main(argv: list[str] | None = None) -> None:
     """Time the protocol and print tokens per second."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -206,7 +221,10 @@ def main(argv: list[str] | None = None) -> None:
         model: Any = load_smollm2("HookedTransformer")
         sae: SAE[Any] = SAE.load_from_disk(args.sae)
     else:
-        model, sae = _gpt2_shape(args.layer)
+        from benchmarks.random_models import GPT2, random_model, random_sae
+
+        model = random_model(GPT2)
+        sae = random_sae(GPT2, f"blocks.{args.layer}.hook_resid_pre")
     generator = torch.Generator().manual_seed(0)
     shape = (args.sequences, PUBLISHED_LENGTH)
     tokens = torch.randint(0, model.cfg.d_vocab, shape, generator=generator)

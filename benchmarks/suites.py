@@ -1,0 +1,60 @@
+"""Which rows make up `python -m benchmarks cpu` and `cuda`, and choosing among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.session import Row, Session
+
+SUITES = ("cpu", "cuda")
+
+
+class UnknownRowError(ValueError):
+    """A name given to ``--only`` matches no row."""
+
+
+def rows_of(suite: str, session: Session) -> list[Row]:
+    """Return the rows of a suite, those that share inputs next to each other."""
+    from benchmarks.rows_codes import code_rows
+    from benchmarks.rows_device import device_rows
+    from benchmarks.rows_encode import encode_rows
+    from benchmarks.rows_predictions import prediction_rows
+    from benchmarks.shapes import SHAPES
+
+    operators = encode_rows(suite, session.native_16bit) + code_rows(suite)
+    if suite == "cuda":
+        operators += device_rows()
+    predictions = prediction_rows(suite)
+    ordered: list[Row] = []
+    # By shape, the SAE's rows before the head's: only one shape's weights are in memory at a time.
+    for group in (operators, predictions):
+        for shape in SHAPES:
+            ordered += [row for row in group if row.name.endswith(f".{shape.name}")]
+    ordered += [row for row in operators if row not in ordered]
+    if suite == "cpu":
+        # Imported here: only these rows need SAELens and TransformerLens.
+        from benchmarks.rows_end_to_end import end_to_end_rows
+
+        ordered = end_to_end_rows() + ordered
+    names = [row.name for row in ordered]
+    if len(set(names)) != len(names):
+        raise ValueError("two rows have one name")
+    return ordered
+
+
+def chosen(rows: Sequence[Row], only: Sequence[str]) -> list[Row]:
+    """Return the rows whose names are given or begin with what is given; all of them for nothing.
+
+    Raises:
+        UnknownRowError: Something given matches no row.
+    """
+    if not only:
+        return list(rows)
+    for wanted in only:
+        if not any(row.name.startswith(wanted) for row in rows):
+            groups = sorted({row.name.partition(".")[0] for row in rows})
+            raise UnknownRowError(
+                f"--only {wanted}: no row has this name or begins so; names begin with "
+                f"{', '.join(groups)} (--list shows them all)"
+            )
+    return [row for row in rows if any(row.name.startswith(wanted) for wanted in only)]
