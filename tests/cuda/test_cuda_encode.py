@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import ops_oracle as oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ops import ops_oracle as oracle
 from torch import Tensor
 
 from saelens_certify import ops
@@ -346,9 +346,7 @@ def test_edge_shapes(backend):
     )
     same_bits(topk(backend, zeros, 4)[0], on_cpu(zeros, 4)[0])
     # Activity is strict: a score equal to its threshold is not active.
-    unit = Case(
-        torch.ones(1, 1), torch.ones(2, 1), torch.zeros(2), theta=torch.tensor([1.0, 0.5])
-    )
+    unit = Case(torch.ones(1, 1), torch.ones(2, 1), torch.zeros(2), theta=torch.tensor([1.0, 0.5]))
     assert oracle.rows(threshold(backend, unit, 2)) == [[(1, 1.0)]]
 
 

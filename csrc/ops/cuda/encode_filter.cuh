@@ -1,0 +1,349 @@
+// The filter: one warp per row reads a tile of screened products once, 16 bytes per lane, and hands
+// on the columns that may be active and, for a top k, may be among the best. Columns ascend, and
+// nothing is atomic: timing has no influence.
+#pragma once
+
+#include "ops/cuda/encode_select.cuh"
+
+namespace saelens_certify {
+namespace {
+
+constexpr int kFilterThreads = 128;
+constexpr int kFilterRows = kFilterThreads / kWarp;
+// Columns that a warp takes at a time.
+constexpr int kGroup = 4 * kWarp;
+
+// Outlier dimensions of a chunk of rows: left out of the product, added here in float32.
+struct Outliers {
+  static constexpr int kMost = 8;
+  const int32_t* count;  // null: there are none
+  const float* inputs;   // [rows, kMost]
+  const float* weights;  // [kMost, stride], of all columns
+  int64_t stride;        // a multiple of 4
+};
+
+// The largest margins of the columns in a tile.
+struct TileMargin {
+  ColumnMargin score;
+  ColumnMargin gate;
+};
+
+// Products of a chunk of rows with a tile of columns.
+struct Tile {
+  const float* product;      // [rows, stride]; it and all its rows are aligned to 16 bytes
+  const float* row_scale;    // [rows], or 1
+  const RowMargin* margins;  // [rows]
+  const TileMargin* most;
+  Outliers outliers;
+  int64_t stride;
+  int64_t rows;
+  int64_t first_row;  // in x
+  int32_t first;      // column
+  int32_t columns;
+  bool last;
+};
+
+// Four consecutive numbers; zeros past the end.
+__device__ inline float4 load4(const float* from, int32_t at, int32_t n) {
+  const float* p = from + at;
+  if (n - at >= 4 && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
+    return *reinterpret_cast<const float4*>(p);
+  }
+  return {n - at > 0 ? p[0] : 0.0f, n - at > 1 ? p[1] : 0.0f, n - at > 2 ? p[2] : 0.0f,
+          n - at > 3 ? p[3] : 0.0f};
+}
+
+// Four products of a row. What lies past the end is NaN, which passes no comparison.
+__device__ inline float4 load_products(const float* product, int32_t at, int32_t columns) {
+  if (at >= columns) return {NAN, NAN, NAN, NAN};
+  float4 four = *reinterpret_cast<const float4*>(product + at);
+  if (at + 1 >= columns) four.y = NAN;
+  if (at + 2 >= columns) four.z = NAN;
+  if (at + 3 >= columns) four.w = NAN;
+  return four;
+}
+
+// The screened sums over i of x_i w_i from the products of one row.
+class RowSums {
+ public:
+  __device__ RowSums(const Tile& tile, int64_t row)
+      : outliers_(tile.outliers),
+        scale_(tile.row_scale == nullptr ? 1.0f : tile.row_scale[row]),
+        count_(tile.outliers.count == nullptr ? 0 : *tile.outliers.count),
+        inputs_(count_ == 0 ? nullptr : tile.outliers.inputs + row * Outliers::kMost) {}
+
+  // Four columns from `column` on, a multiple of 4.
+  __device__ float4 sums(float4 four, int32_t column) const {
+    four = {four.x * scale_, four.y * scale_, four.z * scale_, four.w * scale_};
+    for (int o = 0; o < count_; ++o) {
+      const float x = inputs_[o];
+      const float* from = outliers_.weights + o * outliers_.stride + column;
+      const float4 w = *reinterpret_cast<const float4*>(from);
+      four = {__fmaf_rn(x, w.x, four.x), __fmaf_rn(x, w.y, four.y), __fmaf_rn(x, w.z, four.z),
+              __fmaf_rn(x, w.w, four.w)};
+    }
+    return four;
+  }
+
+  __device__ float sum(float product, int32_t column) const {
+    float total = product * scale_;
+    for (int o = 0; o < count_; ++o) {
+      total = __fmaf_rn(inputs_[o], outliers_.weights[o * outliers_.stride + column], total);
+    }
+    return total;
+  }
+
+ private:
+  const Outliers& outliers_;
+  float scale_;
+  int count_;
+  const float* inputs_;
+};
+
+// What the fast comparison of one row uses: margins of the whole tile.
+struct Screen {
+  float slack;
+  float gate_slack;
+  float floor;
+};
+
+// Of four columns, those that may be active and reach the floor.
+template <bool kExtras>
+__device__ inline unsigned passing(const EncodeView& view, const Screen& screen, float4 sums,
+                                   int32_t column) {
+  const auto d_sae = static_cast<int32_t>(view.d_sae);
+  const float4 bias = load4(view.bias, column, d_sae);
+  float score[4] = {sums.x + bias.x, sums.y + bias.y, sums.z + bias.z, sums.w + bias.w};
+  const float least = kExtras && view.theta != nullptr ? screen.floor : fmaxf(screen.floor, 0.0f);
+  float limit[4] = {least, least, least, least};
+  bool open[4] = {true, true, true, true};
+  if (kExtras) {
+    if (view.scale != nullptr) {
+      const float4 scale = load4(view.scale, column, d_sae);
+      score[0] *= scale.x, score[1] *= scale.y, score[2] *= scale.z, score[3] *= scale.w;
+    }
+    if (view.theta != nullptr) {
+      const float4 theta = load4(view.theta, column, d_sae);
+      limit[0] = fmaxf(limit[0], theta.x), limit[1] = fmaxf(limit[1], theta.y);
+      limit[2] = fmaxf(limit[2], theta.z), limit[3] = fmaxf(limit[3], theta.w);
+    }
+    if (view.gate_bias != nullptr) {
+      const float4 gate = load4(view.gate_bias, column, d_sae);
+      open[0] = sums.x + gate.x + screen.gate_slack > 0;
+      open[1] = sums.y + gate.y + screen.gate_slack > 0;
+      open[2] = sums.z + gate.z + screen.gate_slack > 0;
+      open[3] = sums.w + gate.w + screen.gate_slack > 0;
+    }
+  }
+  unsigned mask = 0;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    mask |= (open[c] && score[c] + screen.slack >= limit[c] ? 1u : 0u) << c;
+  }
+  return mask;
+}
+
+// Bounds from the columns' own margins, for the columns of a lane that passed.
+__device__ inline LaneCandidates bounds_of(const EncodeView& view, const RowMargin& margin,
+                                           const RowSums& sums, const float* product,
+                                           int32_t column, unsigned mask) {
+  LaneCandidates candidates;
+  candidates.mask = 0;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    candidates.lower[c] = candidates.upper[c] = -INFINITY;
+    if (!(mask >> c & 1)) continue;
+    const int32_t j = column + c;
+    const float sum = sums.sum(product[c], j);
+    float score = sum + view.bias[j];
+    if (view.scale != nullptr) score *= view.scale[j];
+    const float slack = slack_of(margin, score_margin(view, j));
+    const float upper = score + slack, lower = score - slack, limit = view.limit(j);
+    bool possible = upper > limit, certain = lower > limit;
+    if (view.gate_bias != nullptr) {
+      const float gate = sum + view.gate_bias[j];
+      const float room = slack_of(margin, gate_margin(view, j));
+      possible = possible && gate + room > 0;
+      certain = certain && gate - room > 0;
+    }
+    candidates.upper[c] = upper;
+    if (certain) candidates.lower[c] = lower;
+    if (possible) candidates.mask |= 1u << c;
+  }
+  return candidates;
+}
+
+// A sink takes the candidates of a row; there are several (below).
+template <typename Sink, bool kExtras>
+__global__ void __launch_bounds__(kFilterThreads, 2)
+    filter_kernel(EncodeView view, Tile tile, typename Sink::Lists lists) {
+  // Groups whose loads are in flight together.
+  constexpr int kGroups = kExtras ? 2 : 4;
+  const int64_t row = int64_t{blockIdx.x} * kFilterRows + warp_id();
+  if (row >= tile.rows) return;
+  Sink sink(view, lists, row, tile.first_row);
+  const RowMargin margin = tile.margins[row];
+  const RowSums sums(tile, row);
+  Screen screen = {slack_of(margin, tile.most->score), 0.0f, 0.0f};
+  if (kExtras) screen.gate_slack = slack_of(margin, tile.most->gate);
+  const float* product = tile.product + row * tile.stride;
+
+  for (int32_t start = 0; start < tile.columns; start += kGroups * kGroup) {
+    const int32_t mine = start + 4 * lane_id();
+    float4 four[kGroups];
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      four[g] = load_products(product, mine + g * kGroup, tile.columns);
+    }
+    screen.floor = sink.floor();
+    unsigned hits = 0;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      // Lanes past the end look at the last columns once more: their products are NaN.
+      const int32_t column = tile.first + min(mine + g * kGroup, (tile.columns - 1) & ~3);
+      hits |= passing<kExtras>(view, screen, sums.sums(four[g], column), column) << (4 * g);
+    }
+    if (!__any_sync(kAllLanes, hits != 0)) continue;
+#pragma unroll 1
+    for (int g = 0; g < kGroups; ++g, hits >>= 4) {
+      if (!__any_sync(kAllLanes, hits & 15)) continue;
+      const int32_t at = mine + g * kGroup;
+      sink.take(bounds_of(view, margin, sums, product + at, tile.first + at, hits & 15),
+                tile.first + at);
+    }
+  }
+  sink.close(tile.last);
+}
+
+// --- top k -------------------------------------------------------------------------------------
+
+// Lists over all columns and, if there is a pool, over its columns.
+struct TopLists {
+  CandidateLists all;
+  CandidateLists pool;
+  int k;
+};
+
+template <bool kPool>
+class TopSink {
+ public:
+  using Lists = TopLists;
+
+  __device__ TopSink(const EncodeView& view, const TopLists& lists, int64_t row, int64_t first_row)
+      : view_(view),
+        x_(view.x + (first_row + row) * view.d_in),
+        all_(lists.all, row, lists.k),
+        pool_(kPool ? lists.pool : lists.all, row, lists.k) {}
+
+  __device__ float floor() const {
+    return kPool ? fminf(all_.floor(), pool_.floor()) : all_.floor();
+  }
+
+  __device__ void take(LaneCandidates candidates, int32_t column) {
+    const auto exact = [this](int32_t j) { return active_score<4>(view_, x_, j); };
+    all_.add(candidates, column, exact);
+    if (kPool) {
+      // Neighbours of four share a word: a column and its mask start at multiples of 4.
+      const int32_t word = min(column, static_cast<int32_t>(view_.d_sae) - 1) >> 5;
+      candidates.mask &= static_cast<uint32_t>(view_.pool_bits[word]) >> (column & 31);
+      pool_.add(candidates, column, exact);
+    }
+  }
+
+  __device__ void close(bool last) {
+    all_.finish_tile(last);
+    if (kPool) pool_.finish_tile(last);
+  }
+
+ private:
+  const EncodeView& view_;
+  const float* x_;
+  WarpList all_;
+  WarpList pool_;
+};
+
+// --- all active columns --------------------------------------------------------------------------
+
+// Candidates waiting to be scored: at most this many per row.
+constexpr int kPending = 1024;
+
+struct ThresholdLists {
+  int32_t* pending;  // [rows, kPending]: columns, inverted if they are certainly active
+  int2* state;       // per row: number pending, number found active
+  float* values;     // [tokens, capacity], like indices
+  int32_t* indices;
+  int64_t capacity;
+};
+
+// Writes the active columns of a row in ascending order.
+class ThresholdSink {
+ public:
+  using Lists = ThresholdLists;
+
+  __device__ ThresholdSink(const EncodeView& view, const ThresholdLists& lists, int64_t row,
+                           int64_t first_row)
+      : view_(view),
+        lists_(lists),
+        x_(view.x + (first_row + row) * view.d_in),
+        pending_(lists.pending + row * kPending),
+        slots_((first_row + row) * lists.capacity),
+        state_(lists.state + row),
+        size_(state_->x),
+        found_(state_->y) {}
+
+  __device__ float floor() const { return -INFINITY; }
+
+  __device__ void take(const LaneCandidates& candidates, int32_t column) {
+    const Placement placement = place(candidates.mask);
+    if (size_ + placement.total > kPending) flush();
+    int at = size_ + placement.first;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      if (candidates.mask >> c & 1) {
+        pending_[at++] = candidates.lower[c] > -INFINITY ? ~(column + c) : column + c;
+      }
+    }
+    size_ += placement.total;
+    __syncwarp();
+  }
+
+  __device__ void close(bool) {
+    if (lane_id() == 0) *state_ = {size_, found_};
+  }
+
+ private:
+  // A busy row: the warp scores what is pending. Past the last slot only the number counts.
+  __device__ void flush() {
+    for (int i = 0; i < size_; ++i) {
+      const int32_t entry = pending_[i];
+      const bool certain = entry < 0;
+      if (certain && found_ >= lists_.capacity) {
+        ++found_;
+        continue;
+      }
+      const int32_t column = certain ? ~entry : entry;
+      const float score = active_score<4>(view_, x_, column);
+      if (score == -INFINITY) continue;
+      if (found_ < lists_.capacity && lane_id() == 0) {
+        lists_.values[slots_ + found_] = score;
+        lists_.indices[slots_ + found_] = column;
+      }
+      ++found_;
+    }
+    size_ = 0;
+    // Everybody has read before anybody writes.
+    __syncwarp();
+  }
+
+  const EncodeView& view_;
+  const ThresholdLists& lists_;
+  const float* x_;
+  int32_t* pending_;
+  int64_t slots_;
+  int2* state_;
+  int size_;
+  int found_;
+};
+
+}  // namespace
+}  // namespace saelens_certify
