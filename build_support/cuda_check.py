@@ -51,7 +51,7 @@ PROPERTIES = re.compile(
 )
 REGISTERS = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
-SUSPECT = re.compile(r"C7510|#20011|#20014|spilled|spilling", re.IGNORECASE)
+SUSPECT = re.compile(r"C7510|#20011|#20014")
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Find nvcc, decide whether to build the CUDA operators, and with which flags.
 
-Shared by setup.py and cuda_check.py; standard library only. torch's own search is not enough: it
+Shared by setup.py and cuda_check.py; standard library only. As a program it says which toolkit is
+found, or with ``--packages`` which packages from PyPI make up one. torch's own search is not enough: it
 finds no toolkit at all where torch is a CPU build, takes the folder of a wrapper script on PATH for
 the toolkit, and does not look at the toolkit's packages from PyPI.
 """
@@ -11,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -194,3 +196,17 @@ def _home(nvcc: Path) -> Path:
     )
     top = re.search(r"^#\$ TOP=(.+)$", steps.stderr + steps.stdout, re.MULTILINE)
     return guess if top is None else Path(os.path.normpath(top[1].strip()))
+
+
+def main() -> int:
+    """Say what was found; the exit status tells whether anything was."""
+    if sys.argv[1:] == ["--packages"]:
+        print(*PYPI_PACKAGES)
+        return 0
+    toolkit = find_toolkit()
+    print(f"no nvcc in {WHERE}" if toolkit is None else f"nvcc {toolkit.release}: {toolkit.nvcc}")
+    return 1 if toolkit is None else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
