@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "ops/cpu/screen.h"
+#include "ops/schemas.h"
 
 namespace saelens_certify {
 
@@ -14,33 +15,35 @@ constexpr int64_t kRowChunk = 1024;
 constexpr int64_t kColumnTile = 4096;
 constexpr int64_t kCandidateBytes = int64_t{1} << 25;
 
-EncodeArgs checked(Tensor x, Tensor weight, Tensor bias, OptionalTensor scale, OptionalTensor theta,
-                   Tensor weight_norms, double gemm_error, int64_t row_chunk, int64_t column_tile) {
-  check_tensor("x", x, ScalarType::Float, 2);
-  const Real type = check_real("weight", weight, 2);
-  const int64_t d_sae = weight.size(0);
-  check_size("weight", weight, 1, x.size(1));
-  check_vector("bias", bias, ScalarType::Float, d_sae);
-  check_vector("scale", scale, ScalarType::Float, d_sae);
-  check_vector("theta", theta, ScalarType::Float, d_sae);
-  check_vector("weight_norms", weight_norms, ScalarType::Float, d_sae);
+EncodeArgs checked(EncodeArgs args) {
+  check_tensor("x", args.x, ScalarType::Float, 2);
+  args.weight_type = check_real("weight", args.weight, 2);
+  const int64_t d_sae = args.weight.size(0);
+  check_size("weight", args.weight, 1, args.x.size(1));
+  check_vector("bias", args.bias, ScalarType::Float, d_sae);
+  check_vector("scale", args.scale, ScalarType::Float, d_sae);
+  check_vector("theta", args.theta, ScalarType::Float, d_sae);
+  check_vector("gate_bias", args.gate_bias, ScalarType::Float, d_sae);
+  check_vector("weight_norms", args.weight_norms, ScalarType::Float, d_sae);
+  STD_TORCH_CHECK(args.screen_weight.has_value() == args.screen_error.has_value(),
+                  "screen_weight and screen_error must be given together");
+  if (args.screen_weight.has_value()) {
+    // float16 products are slow on every CPU; float16 screening is for GPUs.
+    check_tensor("screen_weight", *args.screen_weight, ScalarType::BFloat16, 2);
+    check_size("screen_weight", *args.screen_weight, 0, d_sae);
+    check_size("screen_weight", *args.screen_weight, 1, args.x.size(1));
+    check_vector("screen_error", args.screen_error, ScalarType::Float, d_sae);
+  }
   STD_TORCH_CHECK(d_sae >= 1 && d_sae < (int64_t{1} << 31), "weight has ", d_sae,
                   " rows, expected 1 to 2^31 - 1 features");
-  STD_TORCH_CHECK(gemm_error >= 0, "gemm_error = ", gemm_error, " must not be negative");
-  STD_TORCH_CHECK(row_chunk >= 0 && column_tile >= 0, "row_chunk = ", row_chunk,
-                  " and column_tile = ", column_tile, " must not be negative (0: default)");
-  const int64_t rows = row_chunk == 0 ? kRowChunk : row_chunk;
-  const int64_t columns = column_tile == 0 ? kColumnTile : column_tile;
-  return {x,
-          weight,
-          bias,
-          scale,
-          theta,
-          weight_norms,
-          gemm_error,
-          std::max<int64_t>(1, std::min(rows, x.size(0))),
-          std::min(columns, d_sae),
-          type};
+  STD_TORCH_CHECK(args.gemm_error >= 0, "gemm_error = ", args.gemm_error, " must not be negative");
+  STD_TORCH_CHECK(args.row_chunk >= 0 && args.column_tile >= 0, "row_chunk = ", args.row_chunk,
+                  " and column_tile = ", args.column_tile, " must not be negative (0: default)");
+  if (args.row_chunk == 0) args.row_chunk = kRowChunk;
+  if (args.column_tile == 0) args.column_tile = kColumnTile;
+  args.row_chunk = std::max<int64_t>(1, std::min(args.row_chunk, args.tokens()));
+  args.column_tile = std::min(args.column_tile, d_sae);
+  return args;
 }
 
 // A large k takes fewer rows at a time, so that their candidate buffers stay small.
@@ -51,20 +54,25 @@ EncodeArgs within_memory(EncodeArgs args, int64_t k) {
 }
 
 TopCodes topk_encode(Tensor x, Tensor weight, Tensor bias, OptionalTensor scale,
-                     OptionalTensor theta, Tensor weight_norms, OptionalTensor pool_bits, int64_t k,
-                     double gemm_error, int64_t row_chunk, int64_t column_tile) {
+                     OptionalTensor theta, OptionalTensor gate_bias, Tensor weight_norms,
+                     OptionalTensor screen_weight, OptionalTensor screen_error,
+                     OptionalTensor pool_bits, int64_t k, double gemm_error, int64_t row_chunk,
+                     int64_t column_tile) {
   const EncodeArgs args =
-      checked(x, weight, bias, scale, theta, weight_norms, gemm_error, row_chunk, column_tile);
+      checked({x, weight, bias, scale, theta, gate_bias, weight_norms, screen_weight, screen_error,
+               gemm_error, row_chunk, column_tile, Real::kFloat32});
   check_vector("pool_bits", pool_bits, ScalarType::Int, (args.d_sae() + 31) / 32);
   STD_TORCH_CHECK(k >= 1 && k <= args.d_sae(), "k = ", k, " must lie between 1 and ", args.d_sae());
   return topk_encode_cpu(within_memory(args, k), pool_bits, k);
 }
 
 Codes threshold_encode(Tensor x, Tensor weight, Tensor bias, OptionalTensor scale,
-                       OptionalTensor theta, Tensor weight_norms, int64_t capacity,
+                       OptionalTensor theta, OptionalTensor gate_bias, Tensor weight_norms,
+                       OptionalTensor screen_weight, OptionalTensor screen_error, int64_t capacity,
                        double gemm_error, int64_t row_chunk, int64_t column_tile) {
   const EncodeArgs args =
-      checked(x, weight, bias, scale, theta, weight_norms, gemm_error, row_chunk, column_tile);
+      checked({x, weight, bias, scale, theta, gate_bias, weight_norms, screen_weight, screen_error,
+               gemm_error, row_chunk, column_tile, Real::kFloat32});
   STD_TORCH_CHECK(capacity >= 0, "capacity = ", capacity, " must not be negative");
   return threshold_encode_cpu(args, capacity);
 }
@@ -72,14 +80,8 @@ Codes threshold_encode(Tensor x, Tensor weight, Tensor bias, OptionalTensor scal
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(saelens_certify, m) {
-  m.def(
-      "topk_encode(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? theta, "
-      "Tensor weight_norms, Tensor? pool_bits, int k, float gemm_error, int row_chunk, "
-      "int column_tile) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "threshold_encode(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? theta, "
-      "Tensor weight_norms, int capacity, float gemm_error, int row_chunk, int column_tile) "
-      "-> (Tensor, Tensor, Tensor)");
+  m.def(schemas::kTopkEncode);
+  m.def(schemas::kThresholdEncode);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(saelens_certify, CPU, m) {

@@ -1,6 +1,7 @@
 // Exact sparse encoding. For every row x the score of feature j is
 //   s_j = float32(scale_j * (sum_i x_i W_ji + bias_j)),
-// computed in float64 over 32 lanes and rounded once; feature j is active if s_j > theta_j.
+// computed in float64 over 32 lanes and rounded once; feature j is active if s_j > theta_j and, in
+// a gated SAE, float32(sum_i x_i W_ji + gate_bias_j) > 0.
 #pragma once
 
 #include <tuple>
@@ -11,15 +12,18 @@ namespace saelens_certify {
 
 // Inputs of both encoders, checked.
 struct EncodeArgs {
-  Tensor x;              // float32 [tokens, d_in]
-  Tensor weight;         // real [d_sae, d_in]
-  Tensor bias;           // float32 [d_sae]
-  OptionalTensor scale;  // float32 [d_sae], or 1
-  OptionalTensor theta;  // float32 [d_sae], or 0
-  Tensor weight_norms;   // float32 [d_sae], upper bounds on the row norms
-  double gemm_error;     // |product - exact| <= gemm_error |x| |w_j|
-  int64_t row_chunk;     // rows per chunk
-  int64_t column_tile;   // features per tile
+  Tensor x;                      // float32 [tokens, d_in]
+  Tensor weight;                 // real [d_sae, d_in]
+  Tensor bias;                   // float32 [d_sae]
+  OptionalTensor scale;          // float32 [d_sae], or 1
+  OptionalTensor theta;          // float32 [d_sae], or 0
+  OptionalTensor gate_bias;      // float32 [d_sae], or no gate
+  Tensor weight_norms;           // float32 [d_sae], upper bounds on the row norms
+  OptionalTensor screen_weight;  // 16 bit [d_sae, d_in], what tiles are multiplied with
+  OptionalTensor screen_error;   // float32 [d_sae], upper bounds on |w_j - screen_w_j|
+  double gemm_error;             // |product - exact| <= gemm_error |x| |w_j|, of what is multiplied
+  int64_t row_chunk;             // rows per chunk
+  int64_t column_tile;           // features per tile
   Real weight_type;
 
   int64_t tokens() const { return x.size(0); }

@@ -11,11 +11,13 @@ from saelens_certify.ops.encode import threshold_encode, topk_encode
 from saelens_certify.ops.head import head_pair_stats, head_stats
 from saelens_certify.ops.margin import weight_norms
 from saelens_certify.ops.pool import count_outside, pool_bits, pool_count_, restrict
+from saelens_certify.ops.screen import Screen, prepare_screen
 from saelens_certify.ops.statistics import PairStats, TokenStats, pair_stats, token_stats
 
 __all__ = [
     "Impl",
     "PairStats",
+    "Screen",
     "SparseCodes",
     "TokenStats",
     "count_outside",
@@ -27,6 +29,7 @@ __all__ = [
     "pair_stats",
     "pool_bits",
     "pool_count_",
+    "prepare_screen",
     "restrict",
     "threshold_encode",
     "token_stats",

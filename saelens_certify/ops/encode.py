@@ -3,11 +3,17 @@
 The score of feature j is defined bit by bit, so that it does not depend on batch size, number of
 threads, device or matrix product library: ``scale_j * (sum_i x_i W_ji + bias_j)`` in float64, the
 sum over 32 lanes (lane = i mod 32, ascending inside a lane, then pairwise at distance 16, 8, 4, 2,
-1), rounded once to float32. A float32 matrix product over tiles of features screens; only features
+1), rounded once to float32. A fast matrix product over tiles of features screens; only features
 within its error bound of the selection are scored exactly. No tokens x features tensor is formed.
+
+``mode="reference"`` is the exception: it selects what SAELens itself would select, in the SAE's
+own precision, for replicating published numbers.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Float32, Int32
@@ -28,6 +34,9 @@ from saelens_certify.ops._checks import (
 from saelens_certify.ops._library import Impl, use_native
 from saelens_certify.ops.codes import SparseCodes
 from saelens_certify.ops.reference.encode import Encoder
+from saelens_certify.ops.screen import Screen
+
+Mode = Literal["exact", "reference"]
 
 _INITIAL_CAPACITY = 256
 
@@ -41,8 +50,10 @@ def topk_encode(
     k: int,
     scale: Float32[Tensor, " d_sae"] | None = None,
     theta: Float32[Tensor, " d_sae"] | None = None,
+    gate_bias: Float32[Tensor, " d_sae"] | None = None,
     pool_bits: Int32[Tensor, " words"] | None = None,
-    weight_norms: Float32[Tensor, " d_sae"] | None = None,
+    screen: Screen | None = None,
+    mode: Mode = "exact",
     impl: Impl = "auto",
     row_chunk: int | None = None,
     column_tile: int | None = None,
@@ -59,8 +70,14 @@ def topk_encode(
         k: Features to keep; more than there are keeps all active ones.
         scale: Factor of each score; None for 1.
         theta: Threshold of each score; None for 0.
+        gate_bias: Of a gated SAE: feature j is active only if ``x . W_j + gate_bias_j > 0`` as
+            well (same sum, rounded once); None for no gate.
         pool_bits: Features of a pool (see ``pool_bits``); asks for the pool's own top k as well.
-        weight_norms: ``ops.weight_norms(W)``, computed here if absent; pass it when calling often.
+        screen: ``ops.prepare_screen(W)``; without it tiles are multiplied in float32. Pass it
+            when calling often.
+        mode: "exact", or "reference" for what SAELens itself would select: dense scores in W's
+            own type and one ``torch.topk``, whose choice among near ties depends on the machine,
+            the batch and the layout of W (pass ``W=sae.W_enc.T``, a view).
         impl: "auto", "native" or "torch".
         row_chunk: Tokens per chunk, for bounding memory; the result does not depend on it.
         column_tile: Features per tile, likewise.
@@ -73,27 +90,24 @@ def topk_encode(
     """
     if k < 1:
         raise CertifyError(f"k = {k}: keep at least one feature per token")
-    encoder = _checked(x, W, bias, scale, theta, weight_norms, row_chunk, column_tile)
+    call = _checked(x, W, bias, scale, theta, gate_bias, screen, mode, row_chunk, column_tile)
     if pool_bits is not None:
         check_vector("pool_bits", pool_bits, pool_words(W.shape[0]), x.device, torch.int32)
-    x = x.contiguous()
-    if use_native(impl, x.device):
+        pool_bits = pool_bits.contiguous()
+    if mode == "reference":
+        everything = reference.topk_as_sae_lens(x, call.encoder, k, None)
+        pooled = None
+        if pool_bits is not None:
+            pooled = reference.topk_as_sae_lens(x, call.encoder, k, pool_bits)
+    elif use_native(impl, x.device):
         parts = torch.ops.saelens_certify.topk_encode(
-            x,
-            encoder.W,
-            encoder.bias,
-            encoder.scale,
-            encoder.theta,
-            encoder.norms,
-            pool_bits,
-            min(k, W.shape[0]),
-            encoder.gemm_error,
-            row_chunk or 0,
-            column_tile or 0,
+            *call.native, pool_bits, min(k, W.shape[0]), *call.sizes
         )
         everything, pooled = parts[:3], parts[3:] if pool_bits is not None else None
     else:
-        everything, pooled = reference.topk_encode(x, encoder, k, pool_bits, row_chunk, column_tile)
+        everything, pooled = reference.topk_encode(
+            call.x, call.encoder, k, pool_bits, row_chunk, column_tile
+        )
     return SparseCodes(*everything), None if pooled is None else SparseCodes(*pooled)
 
 
@@ -105,7 +119,9 @@ def threshold_encode(
     *,
     theta: Float32[Tensor, " d_sae"] | None = None,
     scale: Float32[Tensor, " d_sae"] | None = None,
-    weight_norms: Float32[Tensor, " d_sae"] | None = None,
+    gate_bias: Float32[Tensor, " d_sae"] | None = None,
+    screen: Screen | None = None,
+    mode: Mode = "exact",
     impl: Impl = "auto",
     row_chunk: int | None = None,
     column_tile: int | None = None,
@@ -118,7 +134,9 @@ def threshold_encode(
         bias: Encoder bias.
         theta: Threshold of each score (strict); None for 0.
         scale: Factor of each score; None for 1.
-        weight_norms: ``ops.weight_norms(W)``, computed here if absent; pass it when calling often.
+        gate_bias: Second condition of a gated SAE, as for `topk_encode`.
+        screen: ``ops.prepare_screen(W)``; without it tiles are multiplied in float32.
+        mode: "exact", or "reference" for what SAELens itself would select.
         impl: "auto", "native" or "torch".
         row_chunk: Tokens per chunk, for bounding memory; the result does not depend on it.
         column_tile: Features per tile, likewise.
@@ -129,17 +147,20 @@ def threshold_encode(
     Raises:
         CertifyError: Shapes, types or devices do not fit; a token's row holds NaN or infinity.
     """
-    encoder = _checked(x, W, bias, scale, theta, weight_norms, row_chunk, column_tile)
-    x = x.contiguous()
+    call = _checked(x, W, bias, scale, theta, gate_bias, screen, mode, row_chunk, column_tile)
+    if mode == "reference":
+        return SparseCodes(*reference.threshold_as_sae_lens(x, call.encoder))
     if not use_native(impl, x.device):
-        return SparseCodes(*reference.threshold_encode(x, encoder, row_chunk, column_tile))
+        return SparseCodes(
+            *reference.threshold_encode(call.x, call.encoder, row_chunk, column_tile)
+        )
     capacity = min(_INITIAL_CAPACITY, W.shape[0])
-    codes = _native_threshold(x, encoder, capacity, row_chunk, column_tile)
+    codes = _native_threshold(call, capacity)
     busy = codes.counts > capacity
     if bool(busy.any()):
         # Counts are exact even where the slots did not suffice: one more run always does.
         slots = int(codes.counts.max())
-        again = _native_threshold(x[busy], encoder, slots, row_chunk, column_tile)
+        again = _native_threshold(replace(call, x=call.x[busy]), slots)
         values = torch.nn.functional.pad(codes.values, (0, slots - capacity))
         indices = torch.nn.functional.pad(codes.indices, (0, slots - capacity), value=-1)
         values[busy], indices[busy] = again.values, again.indices
@@ -147,23 +168,42 @@ def threshold_encode(
     return codes.trimmed()
 
 
-def _native_threshold(
-    x: Tensor, encoder: Encoder, capacity: int, row_chunk: int | None, column_tile: int | None
-) -> SparseCodes:
+def _native_threshold(call: _Call, capacity: int) -> SparseCodes:
     return SparseCodes(
-        *torch.ops.saelens_certify.threshold_encode(
-            x,
-            encoder.W,
-            encoder.bias,
-            encoder.scale,
-            encoder.theta,
-            encoder.norms,
-            capacity,
-            encoder.gemm_error,
-            row_chunk or 0,
-            column_tile or 0,
-        )
+        *torch.ops.saelens_certify.threshold_encode(*call.native, capacity, *call.sizes)
     )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Checked inputs of one call."""
+
+    x: Tensor
+    encoder: Encoder
+    screen: Screen
+    row_chunk: int
+    column_tile: int
+
+    @property
+    def native(self) -> tuple[Tensor | None, ...]:
+        """Leading arguments of the compiled operators."""
+        e = self.encoder
+        optional = (None if v is None else v.contiguous() for v in (e.scale, e.theta, e.gate_bias))
+        return (
+            self.x,
+            e.W.contiguous(),
+            e.bias.contiguous(),
+            *optional,
+            self.screen.norms,
+            self.screen.weight,
+            self.screen.error,
+        )
+
+    @property
+    def sizes(self) -> tuple[float, int, int]:
+        """Trailing arguments: error of the product that screens, rows and features at a time."""
+        error = margin.gemm_error(self.x.shape[1], self.x.device, self.screen.precision)
+        return error, self.row_chunk, self.column_tile
 
 
 def _checked(
@@ -172,10 +212,12 @@ def _checked(
     bias: Tensor,
     scale: Tensor | None,
     theta: Tensor | None,
-    norms: Tensor | None,
+    gate_bias: Tensor | None,
+    screen: Screen | None,
+    mode: str,
     row_chunk: int | None,
     column_tile: int | None,
-) -> Encoder:
+) -> _Call:
     check_shape("x", x, (None, None))
     check_dtype("x", x, (torch.float32,))
     check_shape("W", W, (None, x.shape[1]))
@@ -187,30 +229,31 @@ def _checked(
         ("bias", bias),
         ("scale", scale),
         ("theta", theta),
-        ("weight_norms", norms),
+        ("gate_bias", gate_bias),
     ):
         check_vector(name, vector, W.shape[0], x.device, torch.float32)
-        if name != "weight_norms":
-            check_finite_vector(name, vector)
+        check_finite_vector(name, vector)
+    if mode not in ("exact", "reference"):
+        raise CertifyError(f"mode = {mode!r} is unknown: choose 'exact' or 'reference'")
     for name, size in (("row_chunk", row_chunk), ("column_tile", column_tile)):
         if size is not None and size < 1:
             raise CertifyError(f"{name} = {size}: use a positive number, or None for the default")
     check_finite_rows("x", x)
-    if norms is None:
-        norms = margin.weight_norms(W)
+    if screen is None:
+        screen = Screen(margin.weight_norms(W))
+    else:
+        check_vector("screen.norms", screen.norms, W.shape[0], x.device, torch.float32)
+        if screen.weight is not None:
+            check_shape("screen.weight", screen.weight, tuple(W.shape))
+            check_device("screen.weight", screen.weight, x.device)
     if x.numel():
         longest = float(torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).max())
-        if longest * float(norms.max()) > margin.NORM_PRODUCT_LIMIT:
+        if longest * float(screen.norms.max()) > margin.NORM_PRODUCT_LIMIT:
             raise CertifyError(
-                f"activations of norm {longest:.3g} and weights of norm {float(norms.max()):.3g} "
-                "overflow a float32 matrix product: rescale the activations"
+                f"activations of norm {longest:.3g} and weights of norm "
+                f"{float(screen.norms.max()):.3g} overflow a float32 matrix product: rescale the "
+                "activations"
             )
-    optional = [None if v is None else v.contiguous() for v in (scale, theta)]
-    return Encoder(
-        W.contiguous(),
-        bias.contiguous(),
-        optional[0],
-        optional[1],
-        norms.contiguous(),
-        margin.gemm_error(x.shape[1], x.device),
-    )
+    error = margin.gemm_error(x.shape[1], x.device)
+    encoder = Encoder(W, bias, scale, theta, gate_bias, screen.norms, error)
+    return _Call(x.contiguous(), encoder, screen, row_chunk or 0, column_tile or 0)

@@ -29,14 +29,18 @@ def _topk_encode(
     bias: Tensor,
     scale: Tensor | None,
     theta: Tensor | None,
+    gate_bias: Tensor | None,
     weight_norms: Tensor,
+    screen_weight: Tensor | None,
+    screen_error: Tensor | None,
     pool_bits: Tensor | None,
     k: int,
     gemm_error: float,
     row_chunk: int,
     column_tile: int,
 ) -> tuple[Tensor, ...]:
-    del weight, bias, scale, theta, weight_norms, gemm_error, row_chunk, column_tile
+    del weight, bias, scale, theta, gate_bias, weight_norms, screen_weight, screen_error
+    del gemm_error, row_chunk, column_tile
     tokens = x.shape[0]
     pooled = _codes(x, 0, 0) if pool_bits is None else _codes(x, tokens, k)
     return (*_codes(x, tokens, k), *pooled)
@@ -48,13 +52,17 @@ def _threshold_encode(
     bias: Tensor,
     scale: Tensor | None,
     theta: Tensor | None,
+    gate_bias: Tensor | None,
     weight_norms: Tensor,
+    screen_weight: Tensor | None,
+    screen_error: Tensor | None,
     capacity: int,
     gemm_error: float,
     row_chunk: int,
     column_tile: int,
 ) -> tuple[Tensor, ...]:
-    del weight, bias, scale, theta, weight_norms, gemm_error, row_chunk, column_tile
+    del weight, bias, scale, theta, gate_bias, weight_norms, screen_weight, screen_error
+    del gemm_error, row_chunk, column_tile
     return _codes(x, x.shape[0], capacity)
 
 

@@ -9,10 +9,11 @@ the features kept for exact scoring always contain the true ones.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from saelens_certify.errors import CertifyError
@@ -32,8 +33,10 @@ NORM_PRODUCT_LIMIT = 2.0**120
 _ROW_CHUNK_BYTES = 1 << 24
 
 
-def gemm_error(d_in: int, device: torch.device) -> float:
-    """Relative error of one float32 dot product, for the matrix product mode now in force.
+def gemm_error(
+    d_in: int, device: torch.device, precision: torch.dtype = torch.float32
+) -> float:
+    """Relative error of one dot product with float32 accumulation, in the mode now in force.
 
     Full float32 gives ``gamma(d + 8)``. If reduced modes are allowed for this device
     (``torch.set_float32_matmul_precision``, ``torch.backends.*.matmul.fp32_precision``), operands
@@ -43,16 +46,19 @@ def gemm_error(d_in: int, device: torch.device) -> float:
     Args:
         d_in: Length of the dot products.
         device: Device that computes them.
+        precision: Type of the operands; 16-bit ones are multiplied as they are.
 
     Returns:
-        A bound on ``|computed - exact| / (||x|| ||w||)``.
+        A bound on ``|computed - exact| / (||x|| ||w||)`` for the operands that are multiplied.
     """
-    backends: Any = torch.backends
-    backend = backends.cuda if device.type == "cuda" else backends.mkldnn
-    operand = _OPERAND_ERROR.get(backend.matmul.fp32_precision, 0.0)
+    operand = 0.0
+    if precision == torch.float32:
+        backends: Any = torch.backends
+        backend = backends.cuda if device.type == "cuda" else backends.mkldnn
+        operand = _OPERAND_ERROR.get(backend.matmul.fp32_precision, 0.0)
+    full = precision == torch.float32 and operand == 0.0
     # Tensor cores and AMX may cut instead of round when they add: up to 2u per addition.
-    roundoff = UNIT_ROUNDOFF if operand == 0.0 else 2 * UNIT_ROUNDOFF
-    steps = (d_in + 8) * roundoff
+    steps = (d_in + 8) * (UNIT_ROUNDOFF if full else 2 * UNIT_ROUNDOFF)
     if steps >= 0.5:
         raise CertifyError(f"d_in = {d_in} is too long for float32 screening")
     return (1 + operand) ** 2 * (1 + steps / (1 - steps)) - 1
@@ -71,11 +77,9 @@ def weight_norms(W: Float[Tensor, "d_sae d_in"]) -> Float32[Tensor, " d_sae"]:
         CertifyError: A row holds NaN or infinity.
     """
     norms = torch.empty(W.shape[0], dtype=torch.float32, device=W.device)
-    rows = max(1, _ROW_CHUNK_BYTES // (8 * max(1, W.shape[1])))
     with torch.no_grad():
-        for start in range(0, W.shape[0], rows):
-            exact = W[start : start + rows].double().square().sum(1).sqrt()
-            norms[start : start + rows] = (exact * (1 + 2.0**-22)).float()
+        for rows in row_chunks(W):
+            norms[rows] = rounded_up(W[rows].double().square().sum(1).sqrt())
     if not bool(torch.isfinite(norms).all()):
         row = int((~torch.isfinite(norms)).nonzero()[0])
         raise CertifyError(
@@ -83,6 +87,18 @@ def weight_norms(W: Float[Tensor, "d_sae d_in"]) -> Float32[Tensor, " d_sae"]:
             "check the SAE's file"
         )
     return norms
+
+
+def rounded_up(lengths: Float64[Tensor, " rows"]) -> Float32[Tensor, " rows"]:
+    """Float32 numbers that no exact length exceeds, given lengths computed in float64."""
+    return (lengths * (1 + 2.0**-22)).float()
+
+
+def row_chunks(W: Float[Tensor, "d_sae d_in"]) -> Iterator[slice]:
+    """Rows to widen to float64 at a time."""
+    rows = max(1, _ROW_CHUNK_BYTES // (8 * max(1, W.shape[1])))
+    for start in range(0, W.shape[0], rows):
+        yield slice(start, min(start + rows, W.shape[0]))
 
 
 def underflow(d_in: int) -> float:

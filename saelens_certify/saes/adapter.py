@@ -92,9 +92,9 @@ class SAEAdapter:
         return self.encoder.device
 
     @cached_property
-    def encoder_norms(self) -> Float[Tensor, " d_sae"]:
-        """Norms of the encoder rows, rounded up: the screening margin needs them."""
-        return ops.weight_norms(self.encoder)
+    def encoder_screen(self) -> ops.Screen:
+        """What screening needs to know about the encoder rows."""
+        return ops.prepare_screen(self.encoder)
 
     def encoder_input(
         self, x: Float[Tensor, "tokens d_in"]
@@ -141,7 +141,7 @@ class SAEAdapter:
         shared: dict[str, Any] = {
             "scale": self.score_scale,
             "theta": self.theta,
-            "weight_norms": self.encoder_norms,
+            "screen": self.encoder_screen,
             "impl": impl,
         }
         if k is None:

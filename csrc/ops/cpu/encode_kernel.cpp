@@ -1,203 +1,15 @@
 #include <algorithm>
-#include <cmath>
-#include <limits>
+#include <functional>
+#include <iterator>
 #include <memory>
 #include <vector>
 
+#include "ops/cpu/encoder.h"
 #include "ops/cpu/screen.h"
-#include "ops/encode.h"
 
 namespace saelens_certify {
 
 namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// Roundings outside the matrix product (bias, scale, margin, comparison, the exact score's own),
-// relative to |scale| (|x| |w| + |bias|); at most six of them in float32.
-constexpr double kOuterRoundings = 16 * 0x1p-24;
-
-// Rounds a margin up to float32.
-float rounded_up(double margin) { return static_cast<float>(margin * (1 + 0x1p-20)); }
-
-// What the margins of one row need: relative * |w|, and a part for numbers flushed to zero.
-struct RowMargin {
-  double relative;
-  double absolute;
-};
-
-// One encoding call: pointers, margins, exact scores, and the loop over tiles.
-class Encoder {
- public:
-  explicit Encoder(const EncodeArgs& args)
-      : args_(args),
-        kernels_(row_kernels()),
-        x_(data_of<float>(args.x)),
-        weight_(data_of<char>(args.weight)),
-        bias_(data_of<float>(args.bias)),
-        scale_(data_of<float>(args.scale)),
-        theta_(data_of<float>(args.theta)),
-        norms_(data_of<float>(args.weight_norms)),
-        underflow_(4 * (args.d_in() + 8) * 0x1p-126) {
-    row_margins_.resize(args.row_chunk);
-    tile_weight_.resize(tiles());
-    tile_offset_.resize(tiles());
-    tile_size_.resize(tiles());
-    for (int64_t column = 0; column < args.d_sae(); ++column) {
-      const int64_t tile = column / args.column_tile;
-      const double scale = size_of(column);
-      tile_weight_[tile] = std::max(tile_weight_[tile], scale * norms_[column]);
-      tile_offset_[tile] = std::max(tile_offset_[tile], offset_of(column));
-      tile_size_[tile] = std::max(tile_size_[tile], 1 + scale);
-    }
-  }
-
-  int64_t tiles() const { return (args_.d_sae() + args_.column_tile - 1) / args_.column_tile; }
-
-  float theta(int64_t column) const { return theta_ == nullptr ? 0.0f : theta_[column]; }
-
-  // The canonical score of one feature for one row of the input.
-  float score(int64_t row, int64_t column) const {
-    const int64_t d_in = args_.d_in();
-    const char* w = weight_ + column * d_in * bytes_of(args_.weight_type);
-    double total = kernels_.dot(x_ + row * d_in, w, args_.weight_type, d_in);
-    total += static_cast<double>(bias_[column]);
-    if (scale_ != nullptr) total *= static_cast<double>(scale_[column]);
-    return static_cast<float>(total);
-  }
-
-  // The canonical score if the feature is active, else -inf.
-  float active_score(int64_t row, int64_t column) const {
-    const float exact = score(row, column);
-    return exact > theta(column) ? exact : -kInfinity;
-  }
-
-  // Calls visit(row, candidate) for every column of the row's tile whose upper bound exceeds its
-  // threshold and reaches floor(); columns ascend. Rows are visited in parallel, tiles in order.
-  template <typename Floor, typename Visit, typename Done>
-  void for_each_candidate(int64_t first_row, int64_t rows, const Floor& floor, const Visit& visit,
-                          const Done& done_with_tile) {
-    prepare_rows(first_row, rows);
-    for (int64_t tile = 0; tile < tiles(); ++tile) {
-      const int64_t first = tile * args_.column_tile;
-      const int64_t columns = std::min(args_.column_tile, args_.d_sae() - first);
-      const float* product = multiply(first_row, rows, first, columns);
-      torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-          scan(row, product + row * columns, tile, first, columns, floor, visit);
-          done_with_tile(row);
-        }
-      });
-    }
-  }
-
- private:
-  double size_of(int64_t column) const {
-    return scale_ == nullptr ? 1.0 : std::fabs(static_cast<double>(scale_[column]));
-  }
-
-  double offset_of(int64_t column) const {
-    return size_of(column) * (kOuterRoundings * std::fabs(static_cast<double>(bias_[column])) +
-                              underflow_ * norms_[column]);
-  }
-
-  void prepare_rows(int64_t first_row, int64_t rows) {
-    const int64_t d_in = args_.d_in();
-    torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const float* x = x_ + (first_row + row) * d_in;
-        const double norm = std::sqrt(kernels_.dot(x, x, Real::kFloat32, d_in));
-        row_margins_[row] = {(args_.gemm_error + kOuterRoundings) * norm, underflow_ * (1 + norm)};
-      }
-    });
-  }
-
-  // Scores of a tile before bias and scale, [rows, columns].
-  const float* multiply(int64_t first_row, int64_t rows, int64_t first, int64_t columns) {
-    if (!product_.has_value()) {
-      product_ = empty_tensor({args_.row_chunk * args_.column_tile}, ScalarType::Float);
-    }
-    const int64_t shape[2] = {rows, columns};
-    Tensor flat = torch::stable::narrow(*product_, 0, 0, rows * columns);
-    Tensor out = torch::stable::view(flat, {shape, 2});
-    Tensor x = args_.x;
-    matrix_product(torch::stable::narrow(x, 0, first_row, rows),
-                   torch::stable::transpose(weight_tile(first, columns), 0, 1), out);
-    return data_of<float>(*product_);
-  }
-
-  // Rows of the weights in float32.
-  Tensor weight_tile(int64_t first, int64_t columns) {
-    Tensor weight = args_.weight;
-    if (args_.weight_type == Real::kFloat32) {
-      return torch::stable::narrow(weight, 0, first, columns);
-    }
-    const int64_t d_in = args_.d_in();
-    if (!widened_.has_value()) {
-      widened_ = empty_tensor({args_.column_tile, d_in}, ScalarType::Float);
-    }
-    float* to = mutable_data_of<float>(*widened_);
-    const char* from = weight_ + first * d_in * bytes_of(args_.weight_type);
-    torch::stable::parallel_for(0, columns, 64, [&](int64_t begin, int64_t end) {
-      kernels_.widen(from + begin * d_in * bytes_of(args_.weight_type), args_.weight_type,
-                     (end - begin) * d_in, to + begin * d_in);
-    });
-    return torch::stable::narrow(*widened_, 0, 0, columns);
-  }
-
-  template <typename Floor, typename Visit>
-  void scan(int64_t row, const float* product, int64_t tile, int64_t first, int64_t columns,
-            const Floor& floor, const Visit& visit) const {
-    const RowMargin margin = row_margins_[row];
-    const float slack = rounded_up(margin.relative * tile_weight_[tile] + tile_offset_[tile] +
-                                   margin.absolute * tile_size_[tile]);
-    int32_t hits[kFilterBlock];
-    for (int64_t at = 0; at < columns; at += kFilterBlock) {
-      const int64_t column = first + at;
-      const float least = floor(row);
-      const FilterRow block = {product + at,
-                               bias_ + column,
-                               scale_ == nullptr ? nullptr : scale_ + column,
-                               theta_ == nullptr ? nullptr : theta_ + column,
-                               slack,
-                               theta_ == nullptr ? std::max(least, 0.0f) : least};
-      const int found = kernels_.filter(block, std::min(kFilterBlock, columns - at), hits);
-      for (int hit = 0; hit < found; ++hit) {
-        visit_if_possible(row, margin, product[at + hits[hit]], column + hits[hit], visit);
-      }
-    }
-  }
-
-  // The filter used one margin for the whole tile; here the column's own one decides.
-  template <typename Visit>
-  void visit_if_possible(int64_t row, const RowMargin& margin, float product, int64_t column,
-                         const Visit& visit) const {
-    float screened = product + bias_[column];
-    if (scale_ != nullptr) screened *= scale_[column];
-    const double size = size_of(column);
-    const float slack = rounded_up(margin.relative * (size * norms_[column]) + offset_of(column) +
-                                   margin.absolute * (1 + size));
-    const float upper = screened + slack;
-    if (!(upper > theta(column))) return;
-    const float lower = screened - slack;
-    visit(row, Candidate{lower > theta(column) ? lower : -kInfinity, upper,
-                         static_cast<int32_t>(column)});
-  }
-
-  const EncodeArgs& args_;
-  const RowKernels& kernels_;
-  const float* x_;
-  const char* weight_;
-  const float* bias_;
-  const float* scale_;
-  const float* theta_;
-  const float* norms_;
-  double underflow_;
-  std::vector<RowMargin> row_margins_;
-  // Largest |scale| |w|, offset and 1 + |scale| in each tile.
-  std::vector<double> tile_weight_, tile_offset_, tile_size_;
-  OptionalTensor product_, widened_;
-};
 
 // The output slots of a call.
 struct Slots {
@@ -218,9 +30,19 @@ struct Slots {
     mutable_data_of<int32_t>(counts)[row] = static_cast<int32_t>(n);
   }
 
+  // Adds an entry to a row, or only counts it when the row is full.
+  void append(int64_t row, const Scored& entry) {
+    const int64_t slot = mutable_data_of<int32_t>(counts)[row]++;
+    if (slot >= slots) return;
+    mutable_data_of<float>(values)[row * slots + slot] = entry.score;
+    mutable_data_of<int32_t>(indices)[row * slots + slot] = entry.column;
+  }
+
   Tensor values, indices, counts;
   int64_t slots;
 };
+
+bool by_column(const Scored& a, const Scored& b) { return a.column < b.column; }
 
 // Orders scored columns and keeps the k best.
 void keep_best(std::vector<Scored>& scored, int64_t k) {
@@ -229,9 +51,9 @@ void keep_best(std::vector<Scored>& scored, int64_t k) {
   scored.resize(kept);
 }
 
-// Candidates of one selection (all features, or the pool's), for a chunk of rows.
-struct Selection {
-  Selection(int64_t rows, int64_t k, int64_t columns)
+// Candidates for the k best of all features, or of the pool's, for a chunk of rows.
+struct Candidates {
+  Candidates(int64_t rows, int64_t k, int64_t columns)
       : capacity(candidate_capacity(k, columns)), k(k), buffers(new Candidate[rows * capacity]) {}
 
   void restart(int64_t count) {
@@ -247,19 +69,144 @@ struct Selection {
   std::vector<TopCandidates> rows;
 };
 
-// Scores one row's remaining candidates exactly. Columns that `known` holds (ascending, like the
-// candidates) are not scored again.
-std::vector<Scored> scored_candidates(const Encoder& encoder, int64_t row,
+// The k best of all features and of the pool's, from one pass.
+class TopSelection {
+ public:
+  TopSelection(const Encoder& encoder, const EncodeArgs& args, const int32_t* pool_bits, int64_t k)
+      : encoder_(encoder),
+        pool_bits_(pool_bits),
+        k_(k),
+        all_(args.row_chunk, k, args.d_sae()),
+        pooled_(pool_bits == nullptr ? 0 : args.row_chunk, k, args.d_sae()) {}
+
+  void restart(int64_t first_row, int64_t rows) {
+    first_row_ = first_row;
+    all_.restart(rows);
+    pooled_.restart(pool_bits_ == nullptr ? 0 : rows);
+  }
+
+  const TopCandidates& all(int64_t row) const { return all_.rows[row]; }
+  const TopCandidates& pooled(int64_t row) const { return pooled_.rows[row]; }
+
+  // The k-th best of the groups of a first tile is a floor: without it, hundreds of columns would
+  // pass before a floor means anything.
+  void start(int64_t row, const FilterRow& block, int64_t columns) {
+    int64_t per_group = 16;
+    while (per_group > 1 && columns / per_group < 4 * k_) per_group /= 2;
+    const int64_t whole = columns / (16 * per_group) * (16 * per_group);
+    const int64_t groups = whole / per_group;
+    if (groups < k_ || groups > kMostGroups) return;
+    float best[kMostGroups];
+    const auto floor_of = [&](const int32_t* pool_bits) {
+      row_kernels().best_of_groups(block, pool_bits, whole, per_group, best);
+      std::nth_element(best, best + (k_ - 1), best + groups, std::greater<float>());
+      return best[k_ - 1];
+    };
+    all_.rows[row].raise_floor(floor_of(nullptr));
+    if (pool_bits_ != nullptr) pooled_.rows[row].raise_floor(floor_of(pool_bits_));
+  }
+
+  float floor(int64_t row) const {
+    const float least = all_.rows[row].floor();
+    return pool_bits_ == nullptr ? least : std::min(least, pooled_.rows[row].floor());
+  }
+
+  void visit(int64_t row, const Candidate& candidate) {
+    const auto exact = [&](int32_t column) {
+      return encoder_.active_score(first_row_ + row, column);
+    };
+    all_.rows[row].add(candidate, exact, scratch());
+    if (pool_bits_ != nullptr && in_pool(pool_bits_, candidate.column)) {
+      pooled_.rows[row].add(candidate, exact, scratch());
+    }
+  }
+
+  // After the last tile exact scores do better than another look at the bounds.
+  void finish_tile(int64_t row, bool last) {
+    if (last) return;
+    all_.rows[row].tighten(scratch());
+    if (pool_bits_ != nullptr) pooled_.rows[row].tighten(scratch());
+  }
+
+ private:
+  static constexpr int64_t kMostGroups = 4096;
+
+  static std::vector<float>& scratch() {
+    thread_local std::vector<float> numbers;
+    return numbers;
+  }
+
+  const Encoder& encoder_;
+  const int32_t* pool_bits_;
+  int64_t k_;
+  int64_t first_row_ = 0;
+  Candidates all_, pooled_;
+};
+
+// Every active feature, appended in ascending order as far as there are slots; all are counted.
+class ThresholdSelection {
+ public:
+  ThresholdSelection(const Encoder& encoder, Slots& slots, int64_t first_row, int64_t rows)
+      : encoder_(encoder), slots_(slots), first_row_(first_row), found_(rows) {}
+
+  void start(int64_t, const FilterRow&, int64_t) {}
+  float floor(int64_t) const { return -kInfinity; }
+  void visit(int64_t row, const Candidate& candidate) {
+    found_[row].push_back({0.0f, candidate.column});
+  }
+
+  void finish_tile(int64_t row, bool) {
+    encoder_.score(first_row_ + row, found_[row]);
+    for (const Scored& entry : found_[row]) {
+      if (entry.score > -kInfinity) slots_.append(first_row_ + row, entry);
+    }
+    found_[row].clear();
+  }
+
+ private:
+  const Encoder& encoder_;
+  Slots& slots_;
+  int64_t first_row_;
+  std::vector<std::vector<Scored>> found_;
+};
+
+// Scores a row's candidates exactly: the most promising first, then those that may still be among
+// the k best. Columns that `known` holds (ascending) are not scored again.
+std::vector<Scored> scored_candidates(const Encoder& encoder, int64_t row, int64_t k,
                                       const TopCandidates& candidates,
                                       const std::vector<Scored>& known) {
-  std::vector<Scored> scored;
+  std::vector<Scored> scored, batch;
+  std::vector<Candidate> unknown;
   auto next = known.begin();
   for (const Candidate& candidate : candidates) {
     while (next != known.end() && next->column < candidate.column) ++next;
-    const bool have = next != known.end() && next->column == candidate.column;
-    const float exact = have ? next->score : encoder.active_score(row, candidate.column);
-    if (exact > -kInfinity) scored.push_back({exact, candidate.column});
+    if (next != known.end() && next->column == candidate.column) {
+      scored.push_back(*next);
+    } else {
+      unknown.push_back(candidate);
+    }
   }
+  const auto score = [&](auto first, auto last) {
+    batch.clear();
+    for (auto at = first; at != last; ++at) batch.push_back({0.0f, at->column});
+    encoder.score(row, batch);
+    for (const Scored& entry : batch) {
+      if (entry.score > -kInfinity) scored.push_back(entry);
+    }
+  };
+  const auto promising = std::min<std::ptrdiff_t>(k, std::ssize(unknown));
+  const auto rest = unknown.begin() + promising;
+  std::nth_element(unknown.begin(), rest, unknown.end(),
+                   [](const Candidate& a, const Candidate& b) { return a.upper > b.upper; });
+  score(unknown.begin(), rest);
+  if (std::ssize(scored) < k) {
+    score(rest, unknown.end());
+    return scored;
+  }
+  std::nth_element(scored.begin(), scored.begin() + (k - 1), scored.end(), better);
+  const float floor = scored[k - 1].score;
+  score(rest, std::remove_if(rest, unknown.end(),
+                             [floor](const Candidate& c) { return c.upper < floor; }));
   return scored;
 }
 
@@ -270,38 +217,19 @@ TopCodes topk_encode_cpu(const EncodeArgs& args, const OptionalTensor& pool_bits
   const int32_t* pool = data_of<int32_t>(pool_bits);
   const int64_t pool_tokens = pool == nullptr ? 0 : args.tokens();
   Slots everything(args.tokens(), k), pooled(pool_tokens, pool == nullptr ? 0 : k);
-  Selection all(args.row_chunk, k, args.d_sae());
-  Selection inside(pool == nullptr ? 0 : args.row_chunk, k, args.d_sae());
-
+  TopSelection selection(encoder, args, pool, k);
   for (int64_t start = 0; start < args.tokens(); start += args.row_chunk) {
     const int64_t rows = std::min(args.row_chunk, args.tokens() - start);
-    all.restart(rows);
-    inside.restart(pool == nullptr ? 0 : rows);
-    const auto floor = [&](int64_t row) {
-      const float least = all.rows[row].floor();
-      return pool == nullptr ? least : std::min(least, inside.rows[row].floor());
-    };
-    const auto visit = [&](int64_t row, const Candidate& candidate) {
-      thread_local std::vector<float> scratch;
-      const auto exact = [&](int32_t column) { return encoder.active_score(start + row, column); };
-      all.rows[row].add(candidate, exact, scratch);
-      if (pool != nullptr && in_pool(pool, candidate.column)) {
-        inside.rows[row].add(candidate, exact, scratch);
-      }
-    };
-    const auto tighten = [&](int64_t row) {
-      thread_local std::vector<float> scratch;
-      all.rows[row].tighten(scratch);
-      if (pool != nullptr) inside.rows[row].tighten(scratch);
-    };
-    encoder.for_each_candidate(start, rows, floor, visit, tighten);
-
+    selection.restart(start, rows);
+    encoder.show(start, rows, selection);
     torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        std::vector<Scored> best = scored_candidates(encoder, start + row, all.rows[row], {});
+        std::vector<Scored> best =
+            scored_candidates(encoder, start + row, k, selection.all(row), {});
         if (pool != nullptr) {
+          std::sort(best.begin(), best.end(), by_column);
           std::vector<Scored> members =
-              scored_candidates(encoder, start + row, inside.rows[row], best);
+              scored_candidates(encoder, start + row, k, selection.pooled(row), best);
           keep_best(members, k);
           pooled.write(start + row, members);
         }
@@ -317,25 +245,13 @@ TopCodes topk_encode_cpu(const EncodeArgs& args, const OptionalTensor& pool_bits
 Codes threshold_encode_cpu(const EncodeArgs& args, int64_t capacity) {
   Encoder encoder(args);
   Slots slots(args.tokens(), capacity);
-  float* values = mutable_data_of<float>(slots.values);
-  int32_t* indices = mutable_data_of<int32_t>(slots.indices);
-  int32_t* counts = mutable_data_of<int32_t>(slots.counts);
-  std::fill_n(values, args.tokens() * capacity, 0.0f);
-  std::fill_n(indices, args.tokens() * capacity, -1);
-  std::fill_n(counts, args.tokens(), 0);
-
+  std::fill_n(mutable_data_of<float>(slots.values), args.tokens() * capacity, 0.0f);
+  std::fill_n(mutable_data_of<int32_t>(slots.indices), args.tokens() * capacity, -1);
+  std::fill_n(mutable_data_of<int32_t>(slots.counts), args.tokens(), 0);
   for (int64_t start = 0; start < args.tokens(); start += args.row_chunk) {
     const int64_t rows = std::min(args.row_chunk, args.tokens() - start);
-    const auto visit = [&](int64_t row, const Candidate& candidate) {
-      const float exact = encoder.active_score(start + row, candidate.column);
-      if (exact == -kInfinity) return;
-      const int64_t slot = counts[start + row]++;
-      if (slot >= capacity) return;
-      values[(start + row) * capacity + slot] = exact;
-      indices[(start + row) * capacity + slot] = candidate.column;
-    };
-    encoder.for_each_candidate(
-        start, rows, [](int64_t) { return -kInfinity; }, visit, [](int64_t) {});
+    ThresholdSelection selection(encoder, slots, start, rows);
+    encoder.show(start, rows, selection);
   }
   return {slots.values, slots.indices, slots.counts};
 }

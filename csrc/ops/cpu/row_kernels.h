@@ -10,15 +10,33 @@ namespace saelens_certify {
 // Storage type of weights and logits.
 enum class Real { kFloat32, kBFloat16, kFloat16 };
 
-// What the streaming filter compares: score + slack >= limit, with
-// score = (product + bias) * scale and limit = max(theta, floor).
+// What the streaming filter compares, for every column of a block:
+//   score + slack + rounding |product scale| >= max(theta, floor), with
+//   score = (product + outliers + bias) * scale, and, if there is a gate,
+//   product + outliers + gate_bias + gate_slack + rounding |product| > 0.
 struct FilterRow {
-  const float* product;
+  const void* product;  // float32, or bfloat16 if `half`
+  bool half;
   const float* bias;
-  const float* scale;  // null: 1
-  const float* theta;  // null: 0
+  const float* scale;      // null: 1
+  const float* theta;      // null: 0
+  const float* gate_bias;  // null: no gate
+  // Dimensions left out of the product: their inputs, and their weights [n_outliers, stride].
+  const float* outlier_x;
+  const float* outlier_weight;
+  int64_t outlier_stride;
+  int n_outliers;
   float slack;
+  float gate_slack;
+  float rounding;  // relative rounding of the stored product
   float floor;
+};
+
+// A column that passed the filter.
+struct FilterHit {
+  int32_t column;  // within the block
+  float product;   // as stored
+  float sum;       // with the outliers added
 };
 
 // Running state of softmax sums over one row.
@@ -42,9 +60,24 @@ struct RowKernels {
   // Sum over i of x_i w_i in float64: 32 lanes, then the butterfly 16, 8, 4, 2, 1.
   double (*dot)(const float* x, const void* w, Real type, int64_t n);
 
-  // Appends to `hits` every column of [0, 64) that passes the filter; returns their number.
-  // `n` may be below 64 in the last block of a row.
-  int (*filter)(const FilterRow& row, int64_t n, int32_t* hits);
+  // The same for two rows at once, which shares the work on x.
+  void (*dot_pair)(const float* x, const void* w0, const void* w1, Real type, int64_t n,
+                   double* out);
+
+  // Rounds x to bfloat16 (ties to even), dropping the outlier dimensions (ascending); returns the
+  // squared lengths of x without them, of the result and of their difference.
+  void (*narrow)(const float* x, const int32_t* outliers, int n_outliers, int64_t n, uint16_t* to,
+                 double* squares);
+
+  // Lower bounds on the best scores of groups of columns: column i belongs to group
+  // i / (16 per_group) * 16 + i % 16. Only certainly active columns count, and only those of the
+  // pool if there is one (a bit each); -inf where there is none. n is a multiple of 16 per_group,
+  // and the block's first column a multiple of 32.
+  void (*best_of_groups)(const FilterRow& row, const int32_t* pool_bits, int64_t n,
+                         int64_t per_group, float* best);
+
+  // Writes the columns of [0, n), n <= kFilterBlock, that pass the filter; returns their number.
+  int (*filter)(const FilterRow& row, int64_t n, FilterHit* hits);
 
   // out = sum over s of values[s] * W[indices[s]], s ascending from zero, one float32 fused
   // multiply-add per element and slot; then + bias, if not null.
@@ -67,7 +100,7 @@ struct RowKernels {
                        SoftmaxPair* state);
 };
 
-constexpr int64_t kFilterBlock = 64;
+constexpr int64_t kFilterBlock = 512;
 constexpr int64_t kSoftmaxBlock = 2048;
 
 // The version for the active instruction set.

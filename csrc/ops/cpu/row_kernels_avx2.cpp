@@ -15,6 +15,9 @@
 #pragma GCC target("avx2,fma,bmi,bmi2")
 #endif
 #define SAELENS_CERTIFY_VARIANT avx2
+#define SAELENS_CERTIFY_LANES(pass)                                            \
+  ((uint32_t)_mm256_movemask_ps(reinterpret_cast<const __m256*>(&(pass))[0]) | \
+   (uint32_t)_mm256_movemask_ps(reinterpret_cast<const __m256*>(&(pass))[1]) << 8)
 #define SAELENS_CERTIFY_GATHER_WIDTH 8
 #define SAELENS_CERTIFY_FMA(a, b, c) _mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c))
 #include "ops/cpu/row_kernels.inl"

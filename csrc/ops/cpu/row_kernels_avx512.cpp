@@ -8,6 +8,10 @@
 
 #if SAELENS_CERTIFY_X86_VARIANTS
 #include <immintrin.h>
+#if !defined(__clang__)
+// Undefined registers in the intrinsics' own definitions.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #if defined(__clang__)
 #pragma clang attribute push(                                                        \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2"))), \
@@ -17,6 +21,10 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2")
 #endif
 #define SAELENS_CERTIFY_VARIANT avx512
+#define SAELENS_CERTIFY_LANES(pass) _mm512_movepi32_mask((__m512i)(pass))
+#define SAELENS_CERTIFY_WIDEN(p) \
+  (f32x16) _mm512_slli_epi32(    \
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16)
 #define SAELENS_CERTIFY_GATHER_WIDTH 16
 #define SAELENS_CERTIFY_FMA(a, b, c) _mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c))
 #include "ops/cpu/row_kernels.inl"

@@ -58,6 +58,9 @@ class TopCandidates {
     full_ = std::min(capacity_, size_ + k_ + kRoom / 2);
   }
 
+  // Takes over a floor known from elsewhere: k columns score at least this much.
+  void raise_floor(float floor) { floor_ = std::max(floor_, floor); }
+
   // Raises the floor as far as the bounds allow and forgets the candidates below it.
   void tighten(std::vector<float>& scratch) {
     if (size_ < k_ || size_ == tightened_) return;

@@ -4,6 +4,7 @@ from saelens_certify.ops.reference.decode import decode, decode_permuted, decode
 from saelens_certify.ops.reference.encode import threshold_encode, topk_encode
 from saelens_certify.ops.reference.head import head_pair_stats, head_stats
 from saelens_certify.ops.reference.pool import count_outside, pool_count_, restrict
+from saelens_certify.ops.reference.sae_lens import threshold_as_sae_lens, topk_as_sae_lens
 from saelens_certify.ops.reference.statistics import pair_stats, token_stats
 
 __all__ = [
@@ -16,7 +17,9 @@ __all__ = [
     "pair_stats",
     "pool_count_",
     "restrict",
+    "threshold_as_sae_lens",
     "threshold_encode",
     "token_stats",
+    "topk_as_sae_lens",
     "topk_encode",
 ]

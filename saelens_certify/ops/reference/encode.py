@@ -27,6 +27,7 @@ class Encoder:
         bias: Bias [d_sae].
         scale: Factor of each score, or None.
         theta: Threshold of each score, or None for 0.
+        gate_bias: Bias of the second condition of a gated SAE, or None.
         norms: Upper bounds on the row norms of W.
         gemm_error: Relative error bound of the matrix product.
     """
@@ -35,11 +36,12 @@ class Encoder:
     bias: Tensor
     scale: Tensor | None
     theta: Tensor | None
+    gate_bias: Tensor | None
     norms: Tensor
     gemm_error: float
 
     def scores(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Canonical scores of (row, column) pairs, rounded once to float32."""
+        """Canonical scores of (row, column) pairs, -inf where the feature is not active."""
         out = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
         step = _PAIRS_CPU
         if x.device.type != "cpu":
@@ -48,15 +50,19 @@ class Encoder:
             part = slice(start, start + step)
             at = columns[part]
             # Products of float32 numbers are exact in float64: adding them is a fused multiply-add.
-            total = lane_sum(x[rows[part]].double().mul_(self.W[at]))
-            total = total + self.bias[at].double()
+            products = lane_sum(x[rows[part]].double().mul_(self.W[at]))
+            total = products + self.bias[at].double()
             if self.scale is not None:
                 total = total * self.scale[at].double()
-            out[part] = total.float()
+            score = total.float()
+            active = score > (0 if self.theta is None else self.theta[at])
+            if self.gate_bias is not None:
+                active &= (products + self.gate_bias[at].double()).float() > 0
+            out[part] = torch.where(active, score, -torch.inf)
         return out
 
-    def tiles(self, x: Tensor, width: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield (first column, screened scores, margins) of each column tile, float32."""
+    def tiles(self, x: Tensor, width: int) -> Iterator[_Tile]:
+        """Screened scores of each column tile, with their margins."""
         x_norm = x.double().square().sum(1).sqrt()
         relative = ((self.gemm_error + OUTER_ROUNDINGS) * x_norm).unsqueeze(1)
         absolute = (underflow(x.shape[1]) * (1 + x_norm)).unsqueeze(1)
@@ -67,30 +73,74 @@ class Encoder:
             screened = product[: x.shape[0] * columns].view(x.shape[0], columns)
             # An output tensor keeps autocast from narrowing the product.
             torch.mm(x, self.W[part].float().t(), out=screened)
-            screened += self.bias[part]
             norms = self.norms[part].double()
-            tiny = underflow(x.shape[1]) * norms
-            offset = OUTER_ROUNDINGS * self.bias[part].double().abs() + tiny
+            gate = None
+            if self.gate_bias is not None:
+                offset = self._offset(self.gate_bias[part], norms, x.shape[1])
+                gate = (
+                    screened + self.gate_bias[part],
+                    _rounded_up(relative * norms + offset + 2 * absolute),
+                )
+            screened += self.bias[part]
+            offset = self._offset(self.bias[part], norms, x.shape[1])
             if self.scale is None:
                 margins = relative * norms + offset + absolute
             else:
                 screened *= self.scale[part]
                 size = self.scale[part].double().abs()
                 margins = relative * (norms * size) + offset * size + absolute * (1 + size)
-            yield start, screened, (margins * (1 + 2.0**-20)).float()
+            theta = torch.zeros((), device=x.device).expand(columns)
+            if self.theta is not None:
+                theta = self.theta[part]
+            yield _Tile(start, screened, _rounded_up(margins), theta, gate)
+
+    @staticmethod
+    def _offset(bias: Tensor, norms: Tensor, d_in: int) -> Tensor:
+        return OUTER_ROUNDINGS * bias.double().abs() + underflow(d_in) * norms
 
 
-def _thresholds(encoder: Encoder, start: int, columns: int) -> Tensor:
-    if encoder.theta is None:
-        return torch.zeros((), device=encoder.W.device).expand(columns)
-    return encoder.theta[start : start + columns]
+def _rounded_up(margins: Tensor) -> Tensor:
+    return (margins * (1 + 2.0**-20)).float()
 
 
-def _in_pool(pool_bits: Tensor, columns: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class _Tile:
+    """Screened scores of some columns, for all rows of a chunk.
+
+    Attributes:
+        start: First column.
+        screened: Scores.
+        margins: How far they can lie from the exact ones.
+        theta: Thresholds of the columns.
+        gate: Screened gates and their margins, if there is a gate.
+    """
+
+    start: int
+    screened: Tensor
+    margins: Tensor
+    theta: Tensor
+    gate: tuple[Tensor, Tensor] | None
+
+    def possible(self) -> Tensor:
+        """Where a feature may be active."""
+        may_be = self.screened + self.margins > self.theta
+        return may_be if self.gate is None else may_be & (self.gate[0] + self.gate[1] > 0)
+
+    def lower(self) -> Tensor:
+        """Lower bounds on the scores of certainly active features, -inf elsewhere."""
+        lower = self.screened - self.margins
+        certain = lower > self.theta
+        if self.gate is not None:
+            certain &= self.gate[0] - self.gate[1] > 0
+        return torch.where(certain, lower, -torch.inf)
+
+
+def in_pool(pool_bits: Tensor, columns: Tensor) -> Tensor:
+    """Whether each of these features is in the pool."""
     return ((pool_bits[columns >> 5] >> (columns & 31)) & 1).bool()
 
 
-def _padded(rows: Tensor, n_rows: int, *payload: tuple[Tensor, float]) -> list[Tensor]:
+def padded(rows: Tensor, n_rows: int, *payload: tuple[Tensor, float]) -> list[Tensor]:
     """Turn row-sorted lists into [n_rows, longest] arrays filled up on the right."""
     counts = torch.bincount(rows, minlength=n_rows)
     longest = int(counts.max()) if n_rows else 0
@@ -118,7 +168,7 @@ class _Best:
 
     def merge(self, values: Tensor, rows: Tensor, columns: Tensor) -> None:
         """Add scored columns; they must be sorted by row, then column, after all seen columns."""
-        new_values, new_indices = _padded(
+        new_values, new_indices = padded(
             rows, self.values.shape[0], (values, -torch.inf), (columns, -1)
         )
         # Columns arrive in ascending order, so a stable sort leaves ties to the lowest index.
@@ -171,14 +221,13 @@ def _topk_rows(
     x: Tensor, encoder: Encoder, slots: int, pool_bits: Tensor | None, width: int
 ) -> list[_Best]:
     lists = [_Best(x.shape[0], slots, x.device) for _ in range(1 if pool_bits is None else 2)]
-    for start, screened, margins in encoder.tiles(x, width):
-        columns = torch.arange(start, start + screened.shape[1], device=x.device)
-        members = [None] if pool_bits is None else [None, _in_pool(pool_bits, columns)]
-        theta = _thresholds(encoder, start, screened.shape[1])
-        upper = screened + margins
-        possible = upper > theta
-        lower = screened - margins
-        lower = torch.where(lower > theta, lower, -torch.inf)
+    for tile in encoder.tiles(x, width):
+        columns = torch.arange(
+            tile.start, tile.start + tile.screened.shape[1], device=x.device
+        )
+        members = [None] if pool_bits is None else [None, in_pool(pool_bits, columns)]
+        possible, lower = tile.possible(), tile.lower()
+        upper = tile.screened + tile.margins
         wanted = torch.zeros_like(possible)
         for best, member in zip(lists, members, strict=True):
             floor = best.worst
@@ -190,7 +239,7 @@ def _topk_rows(
         rows, at = wanted.nonzero(as_tuple=True)
         column = columns[at]
         values = encoder.scores(x, rows, column)
-        active = values > theta[at]
+        active = values > -torch.inf
         for best, member in zip(lists, members, strict=True):
             keep = active if member is None else active & member[at]
             best.merge(values[keep], rows[keep], column[keep])
@@ -209,16 +258,15 @@ def threshold_encode(
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for first in range(0, x.shape[0], step):
         chunk = x[first : first + step]
-        for start, screened, margins in encoder.tiles(chunk, column_tile or COLUMN_TILE):
-            theta = _thresholds(encoder, start, screened.shape[1])
-            rows, at = (screened + margins > theta).nonzero(as_tuple=True)
-            values = encoder.scores(chunk, rows, at + start)
-            active = values > theta[at]
-            found.append((values[active], (at[active] + start).int(), (rows[active] + first)))
+        for tile in encoder.tiles(chunk, column_tile or COLUMN_TILE):
+            rows, at = tile.possible().nonzero(as_tuple=True)
+            values = encoder.scores(chunk, rows, at + tile.start)
+            active = values > -torch.inf
+            found.append((values[active], (at[active] + tile.start).int(), rows[active] + first))
     if not found:
         found = [(x.new_zeros(0), x.new_zeros(0, dtype=torch.int32), x.new_zeros(0).long())]
     values, columns, rows = (torch.cat(part) for part in zip(*found, strict=True))
     # Tiles of one row chunk come one after another: bring each row's columns together.
     order = rows.argsort(stable=True)
-    padded = _padded(rows[order], x.shape[0], (values[order], 0.0), (columns[order], -1))
-    return [*padded, torch.bincount(rows, minlength=x.shape[0]).int()]
+    slots = padded(rows[order], x.shape[0], (values[order], 0.0), (columns[order], -1))
+    return [*slots, torch.bincount(rows, minlength=x.shape[0]).int()]
