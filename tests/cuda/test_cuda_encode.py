@@ -219,11 +219,10 @@ def test_ties_and_odd_shapes(
         )
 
 
-@pytest.mark.parametrize("seed", ["0", "1", "20261122"])
-@pytest.mark.parametrize("screen", SCREENS)
+@pytest.mark.parametrize(("seed", "screen"), list(zip("012", SCREENS, strict=True)))
 def test_result_does_not_depend_on_how_it_is_computed(backend, monkeypatch, screen, seed):
     monkeypatch.setenv("SAELENS_CERTIFY_SHIM_SEED", seed)
-    case = random_case(2, 12, 72, 3001)
+    case = random_case(2, 9, 72, 3001)
     case = replace(case, theta=None, gate_bias=None)
     wanted, wanted_pool = on_cpu(case, 20)
     every = all_on_cpu(case)
@@ -291,15 +290,15 @@ def test_buffers_that_overflow(backend, screen, name):
 
 def test_counts_beyond_the_capacity_are_exact(backend):
     # Scores within the margin of their thresholds, on both sides and equal to them.
-    case = random_case(4, 3, 40, 2600, extras="")
+    case = random_case(4, 2, 40, 1300, extras="")
     scores = torch.stack([torch.tensor(oracle.scores(x, case.W, case.bias)) for x in case.x])
-    step = torch.arange(2600) % 3 - 1
+    step = torch.arange(1300) % 3 - 1
     theta = scores[0] * (1 + step * 2.0**-23)
     case = replace(case, theta=theta)
     for screen in SCREENS:
-        for capacity in (0, 7, 2600):
+        for capacity in (0, 7, 1300):
             every = threshold(backend, case, capacity, screen)
-            for t in range(3):
+            for t in range(2):
                 active, _ = case.oracle(t)
                 assert every.counts[t] == len(active)
                 assert oracle.rows(replace_counts(every, capacity))[t] == active[:capacity]

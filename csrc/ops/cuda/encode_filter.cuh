@@ -63,7 +63,7 @@ __device__ inline float4 load_products(const float* product, int32_t at, int32_t
   return four;
 }
 
-// The screened sums over i of x_i w_i from the products of one row.
+// Turns products of one row into the screened sums over i of x_i w_i.
 class RowSums {
  public:
   __device__ RowSums(const Tile& tile, int64_t row)
@@ -72,21 +72,28 @@ class RowSums {
         count_(tile.outliers.count == nullptr ? 0 : *tile.outliers.count),
         inputs_(count_ == 0 ? nullptr : tile.outliers.inputs + row * Outliers::kMost) {}
 
-  // Four columns from `column` on, a multiple of 4.
-  __device__ float4 sums(float4 four, int32_t column) const {
-    four = {four.x * scale_, four.y * scale_, four.z * scale_, four.w * scale_};
+  // Four columns per group, from columns[group] on.
+  template <int kGroups>
+  __device__ void sum(float4 (&four)[kGroups], const int32_t (&columns)[kGroups]) const {
+#pragma unroll
+    for (float4& f : four) f = {f.x * scale_, f.y * scale_, f.z * scale_, f.w * scale_};
+#pragma unroll 1
     for (int o = 0; o < count_; ++o) {
       const float x = inputs_[o];
-      const float* from = outliers_.weights + o * outliers_.stride + column;
-      const float4 w = *reinterpret_cast<const float4*>(from);
-      four = {__fmaf_rn(x, w.x, four.x), __fmaf_rn(x, w.y, four.y), __fmaf_rn(x, w.z, four.z),
-              __fmaf_rn(x, w.w, four.w)};
+      const float* weights = outliers_.weights + o * outliers_.stride;
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        const float4 w = *reinterpret_cast<const float4*>(weights + columns[g]);
+        float4& f = four[g];
+        f = {__fmaf_rn(x, w.x, f.x), __fmaf_rn(x, w.y, f.y), __fmaf_rn(x, w.z, f.z),
+             __fmaf_rn(x, w.w, f.w)};
+      }
     }
-    return four;
   }
 
   __device__ float sum(float product, int32_t column) const {
     float total = product * scale_;
+#pragma unroll 1
     for (int o = 0; o < count_; ++o) {
       total = __fmaf_rn(inputs_[o], outliers_.weights[o * outliers_.stride + column], total);
     }
@@ -143,42 +150,29 @@ __device__ inline unsigned passing(const EncodeView& view, const Screen& screen,
   return mask;
 }
 
-// Bounds from the columns' own margins, for the columns of a lane that passed.
-__device__ inline LaneCandidates bounds_of(const EncodeView& view, const RowMargin& margin,
-                                           const RowSums& sums, const float* product,
-                                           int32_t column, unsigned mask) {
-  LaneCandidates candidates;
-  candidates.mask = 0;
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    candidates.lower[c] = candidates.upper[c] = -INFINITY;
-    if (!(mask >> c & 1)) continue;
-    const int32_t j = column + c;
-    const float sum = sums.sum(product[c], j);
-    float score = sum + view.bias[j];
-    if (view.scale != nullptr) score *= view.scale[j];
-    const float slack = slack_of(margin, score_margin(view, j));
-    const float upper = score + slack, lower = score - slack, limit = view.limit(j);
-    bool possible = upper > limit, certain = lower > limit;
-    if (view.gate_bias != nullptr) {
-      const float gate = sum + view.gate_bias[j];
-      const float room = slack_of(margin, gate_margin(view, j));
-      possible = possible && gate + room > 0;
-      certain = certain && gate - room > 0;
-    }
-    candidates.upper[c] = upper;
-    if (certain) candidates.lower[c] = lower;
-    if (possible) candidates.mask |= 1u << c;
+// A column that passed, with bounds from its own margin.
+__device__ inline LaneCandidate candidate_at(const EncodeView& view, const RowMargin& margin,
+                                             float sum, int32_t column) {
+  float score = sum + view.bias[column];
+  if (view.scale != nullptr) score *= view.scale[column];
+  const float slack = slack_of(margin, score_margin(view, column));
+  const float upper = score + slack, lower = score - slack, limit = view.limit(column);
+  bool possible = upper > limit, certain = lower > limit;
+  if (view.gate_bias != nullptr) {
+    const float gate = sum + view.gate_bias[column];
+    const float room = slack_of(margin, gate_margin(view, column));
+    possible = possible && gate + room > 0;
+    certain = certain && gate - room > 0;
   }
-  return candidates;
+  return {possible, certain ? lower : -INFINITY, upper, column};
 }
 
 // A sink takes the candidates of a row; there are several (below).
 template <typename Sink, bool kExtras>
-__global__ void __launch_bounds__(kFilterThreads, 2)
+__global__ void __launch_bounds__(kFilterThreads, 4)
     filter_kernel(EncodeView view, Tile tile, typename Sink::Lists lists) {
   // Groups whose loads are in flight together.
-  constexpr int kGroups = kExtras ? 2 : 4;
+  constexpr int kGroups = 4;
   const int64_t row = int64_t{blockIdx.x} * kFilterRows + warp_id();
   if (row >= tile.rows) return;
   Sink sink(view, lists, row, tile.first_row);
@@ -191,25 +185,35 @@ __global__ void __launch_bounds__(kFilterThreads, 2)
   for (int32_t start = 0; start < tile.columns; start += kGroups * kGroup) {
     const int32_t mine = start + 4 * lane_id();
     float4 four[kGroups];
+    int32_t columns[kGroups];
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      four[g] = load_products(product, mine + g * kGroup, tile.columns);
+      const int32_t at = mine + g * kGroup;
+      four[g] = load_products(product, at, tile.columns);
+      // Lanes past the end look at the last columns once more: their products are NaN.
+      columns[g] = tile.first + min(at, (tile.columns - 1) & ~3);
     }
+    sums.sum(four, columns);
     screen.floor = sink.floor();
     unsigned hits = 0;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      // Lanes past the end look at the last columns once more: their products are NaN.
-      const int32_t column = tile.first + min(mine + g * kGroup, (tile.columns - 1) & ~3);
-      hits |= passing<kExtras>(view, screen, sums.sums(four[g], column), column) << (4 * g);
+      hits |= passing<kExtras>(view, screen, four[g], columns[g]) << (4 * g);
     }
     if (!__any_sync(kAllLanes, hits != 0)) continue;
+    // Now a lane per column: lane l of part s takes what lane 8 s + l / 4 of the group compared.
 #pragma unroll 1
-    for (int g = 0; g < kGroups; ++g, hits >>= 4) {
-      if (!__any_sync(kAllLanes, hits & 15)) continue;
-      const int32_t at = mine + g * kGroup;
-      sink.take(bounds_of(view, margin, sums, product + at, tile.first + at, hits & 15),
-                tile.first + at);
+    for (int part = 0; part < 4 * kGroups; ++part) {
+      const int source = part % 4 * 8 + lane_id() / 4, bit = part / 4 * 4 + lane_id() % 4;
+      const bool hit = __shfl_sync(kAllLanes, hits, source) >> bit & 1;
+      if (!__any_sync(kAllLanes, hit)) continue;
+      const int32_t at = start + part * kWarp + lane_id();
+      LaneCandidate candidate = {false, -INFINITY, -INFINITY, tile.first + at};
+      if (hit) {
+        const float sum = sums.sum(product[at], candidate.column);
+        candidate = candidate_at(view, margin, sum, candidate.column);
+      }
+      sink.take(candidate);
     }
   }
   sink.close(tile.last);
@@ -239,14 +243,12 @@ class TopSink {
     return kPool ? fminf(all_.floor(), pool_.floor()) : all_.floor();
   }
 
-  __device__ void take(LaneCandidates candidates, int32_t column) {
+  __device__ void take(LaneCandidate candidate) {
     const auto exact = [this](int32_t j) { return active_score<4>(view_, x_, j); };
-    all_.add(candidates, column, exact);
+    all_.add(candidate, exact);
     if (kPool) {
-      // Neighbours of four share a word: a column and its mask start at multiples of 4.
-      const int32_t word = min(column, static_cast<int32_t>(view_.d_sae) - 1) >> 5;
-      candidates.mask &= static_cast<uint32_t>(view_.pool_bits[word]) >> (column & 31);
-      pool_.add(candidates, column, exact);
+      candidate.possible = candidate.possible && pool_has(candidate.column);
+      pool_.add(candidate, exact);
     }
   }
 
@@ -256,6 +258,10 @@ class TopSink {
   }
 
  private:
+  __device__ bool pool_has(int32_t column) const {
+    return static_cast<uint32_t>(view_.pool_bits[column >> 5]) >> (column & 31) & 1;
+  }
+
   const EncodeView& view_;
   const float* x_;
   WarpList all_;
@@ -293,17 +299,15 @@ class ThresholdSink {
 
   __device__ float floor() const { return -INFINITY; }
 
-  __device__ void take(const LaneCandidates& candidates, int32_t column) {
-    const Placement placement = place(candidates.mask);
-    if (size_ + placement.total > kPending) flush();
-    int at = size_ + placement.first;
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      if (candidates.mask >> c & 1) {
-        pending_[at++] = candidates.lower[c] > -INFINITY ? ~(column + c) : column + c;
-      }
+  __device__ void take(const LaneCandidate& candidate) {
+    const unsigned lanes = __ballot_sync(kAllLanes, candidate.possible);
+    if (size_ + __popc(lanes) > kPending) flush();
+    if (candidate.possible) {
+      const bool certain = candidate.lower > -INFINITY;
+      pending_[size_ + __popc(lanes & lanes_before())] =
+          certain ? ~candidate.column : candidate.column;
     }
-    size_ += placement.total;
+    size_ += __popc(lanes);
     __syncwarp();
   }
 

@@ -21,30 +21,13 @@ struct CandidateLists {
   int64_t capacity;
 };
 
-// Four neighbouring columns of a lane that may be active.
-struct LaneCandidates {
-  float lower[4];
-  float upper[4];
-  unsigned mask;  // bit c: column c is one
+// A lane's column, if it may be active.
+struct LaneCandidate {
+  bool possible;
+  float lower;
+  float upper;
+  int32_t column;  // first column of the warp + lane
 };
-
-// Places of a warp's four-column masks in ascending column order.
-struct Placement {
-  int first;  // entries of the lanes before this one
-  int total;
-};
-
-__device__ inline Placement place(unsigned mask) {
-  const unsigned before = lanes_before();
-  Placement placement = {0, 0};
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    const unsigned lanes = __ballot_sync(kAllLanes, mask >> c & 1);
-    placement.first += __popc(lanes & before);
-    placement.total += __popc(lanes);
-  }
-  return placement;
-}
 
 // One row's list, held by a warp. All lanes agree on every member.
 class WarpList {
@@ -67,35 +50,29 @@ class WarpList {
   // At the end of a tile: saves the state; after the last one only what may be best stays.
   __device__ void finish_tile(bool last) {
     if (last) tighten(0);
-    if (lane_id() == 0) lists_.state[row_] = {size_, tightened_, static_cast<int>(ordered(floor_)), full_};
+    if (lane_id() == 0)
+      lists_.state[row_] = {size_, tightened_, static_cast<int>(ordered(floor_)), full_};
   }
 
   __device__ float floor() const { return floor_; }
   __device__ int size() const { return size_; }
 
-  // Adds candidates; columns arrive in ascending order. `column` is the lane's first one, `exact`
-  // gives a column's canonical score, or -inf if it is not active.
+  // Adds the lanes' candidates; columns arrive in ascending order. `exact` gives a column's
+  // canonical score, or -inf if it is not active.
   template <typename Exact>
-  __device__ void add(const LaneCandidates& candidates, int32_t column, const Exact& exact) {
-    unsigned mask = reaching(candidates);
-    Placement placement = place(mask);
-    if (placement.total == 0) return;
-    if (size_ + placement.total > capacity()) {
-      make_room(placement.total, exact);
-      mask = reaching(candidates);
-      placement = place(mask);
+  __device__ void add(const LaneCandidate& candidate, const Exact& exact) {
+    unsigned lanes = reaching(candidate);
+    if (size_ + __popc(lanes) > capacity()) {
+      make_room(__popc(lanes), exact);
+      lanes = reaching(candidate);
     }
-    int at = size_ + placement.first;
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      if (mask >> c & 1) {
-        lowers()[at] = candidates.lower[c];
-        uppers()[at] = candidates.upper[c];
-        columns()[at] = column + c;
-        ++at;
-      }
+    if (lanes >> lane_id() & 1) {
+      const int at = size_ + __popc(lanes & lanes_before());
+      lowers()[at] = candidate.lower;
+      uppers()[at] = candidate.upper;
+      columns()[at] = candidate.column;
     }
-    size_ += placement.total;
+    size_ += __popc(lanes);
     __syncwarp();
     if (size_ >= full_) {
       tighten(k_ / 8);
@@ -122,14 +99,11 @@ class WarpList {
   // An early floor spares many later candidates: compact after k + kRoom new ones.
   static constexpr int kRoom = 64;
 
-  __device__ unsigned reaching(const LaneCandidates& candidates) const {
-    unsigned mask = 0;
-#pragma unroll
-    for (int c = 0; c < 4; ++c) mask |= (candidates.upper[c] >= floor_ ? 1u : 0u) << c;
-    return mask & candidates.mask;
+  __device__ unsigned reaching(const LaneCandidate& candidate) const {
+    return __ballot_sync(kAllLanes, candidate.possible && candidate.upper >= floor_);
   }
 
-  // A buffer that cannot hold all columns has 2k + 256 entries, and a warp brings at most 128.
+  // A buffer that cannot hold all columns has 2k + 256 entries, of which scoring leaves k.
   template <typename Exact>
   __device__ void make_room(int needed, const Exact& exact) {
     tighten(0);
