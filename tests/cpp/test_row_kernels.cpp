@@ -66,19 +66,32 @@ void check_filter(int64_t n, bool with_scale, bool with_theta) {
   }
 }
 
-void check_gather(int64_t n, int32_t count) {
+void check_gather(int64_t n, int32_t count, bool with_bias) {
   const auto weights = random_numbers(20 * n, 7), values = random_numbers(count, 8);
+  const auto bias = random_numbers(n, 10);
   std::vector<int32_t> indices;
   for (int32_t slot = 0; slot < count; ++slot) indices.push_back((slot * 7) % 20);
-  std::vector<float> out(n, 0.0f), wanted(n, 0.0f);
+  std::vector<float> out(n, 5.0f), wanted(n, 0.0f);
   row_kernels().gather(values.data(), indices.data(), count, weights.data(), Real::kFloat32, n,
-                       nullptr, out.data());
+                       with_bias ? bias.data() : nullptr, out.data());
   for (int32_t slot = 0; slot < count; ++slot) {
     for (int64_t i = 0; i < n; ++i) {
       wanted[i] = std::fma(values[slot], weights[indices[slot] * n + i], wanted[i]);
     }
   }
+  for (int64_t i = 0; with_bias && i < n; ++i) wanted[i] += bias[i];
   CHECK(out == wanted);
+}
+
+void check_softcap(int64_t n, double cap) {
+  auto logits = random_numbers(n, 11);
+  for (float& logit : logits) logit *= 2 * cap;
+  if (n > 2) logits[1] = INFINITY, logits[2] = -INFINITY;
+  std::vector<double> capped(n);
+  row_kernels().softcap(logits.data(), n, cap, capped.data());
+  for (int64_t i = 0; i < n; ++i) {
+    CHECK(std::fabs(capped[i] - cap * std::tanh(double(logits[i]) / cap)) <= 1e-12 * cap);
+  }
 }
 
 // Every 16-bit pattern, against the definition of the format.
@@ -128,8 +141,14 @@ int main() {
   for (int64_t n : {1, 31, 63, 64}) {
     for (int mode = 0; mode < 4; ++mode) check_filter(n, mode & 1, mode & 2);
   }
-  for (int64_t n : {1, 15, 16, 17, 100}) {
-    for (int32_t count : {0, 1, 3, 4, 5, 8, 30}) check_gather(n, count);
+  for (int64_t n : {1, 15, 16, 17, 100, 128, 300}) {
+    for (int32_t count : {0, 1, 7, 8, 9, 30}) {
+      check_gather(n, count, false);
+      check_gather(n, count, true);
+    }
+  }
+  for (int64_t n : {1, 7, 8, 9, 2048}) {
+    for (double cap : {0.1, 30.0, 5000.0}) check_softcap(n, cap);
   }
   check_widen();
   for (int64_t n : {1, 63, 64, 65, 2048, 2049, 9000}) {

@@ -88,6 +88,10 @@ def log_softmax(row: np.ndarray) -> tuple[np.ndarray, float]:
         return row - lse, lse
 
 
+def capped(row: np.ndarray, softcap: float | None) -> np.ndarray:
+    return row if not softcap else softcap * np.tanh(row / softcap)
+
+
 def bits(gold: float | np.ndarray, alpha: float, size: int) -> float:
     with np.errstate(divide="ignore"):
         return float(-np.log2((1 - alpha) * np.exp(gold) + alpha / size))

@@ -255,10 +255,14 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     targets = torch.arange(9)
     tokens = ops.token_stats(logits, targets, 0.1)
     pair = ops.pair_stats(logits, logits.flip(0), targets, 0.1)
-    for part in (top, pooled, every, tokens, pair):
+    cap = ops.pair_stats(logits, logits.flip(0), targets, 0.1, softcap=11.0)
+    orders = torch.rand(3, 700, generator=torch.Generator().manual_seed(2)).argsort(1)
+    for part in (top, pooled, every, tokens, pair, cap):
         for value in vars(part).values():
             digest.update(value.numpy().tobytes())
     digest.update(x_hat.numpy().tobytes() + stats.numpy().tobytes())
+    digest.update(ops.decode_permuted(every, W, orders).numpy().tobytes())
+    digest.update(ops.decode_permuted_stats(every, W, orders, x).numpy().tobytes())
 print(digest.hexdigest())
 """
 

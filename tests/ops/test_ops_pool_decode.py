@@ -89,6 +89,104 @@ def test_decode_is_the_same_on_every_path():
         assert torch.equal(stats, wanted_stats[rows])
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d_out", [1, 15, 16, 17, 127, 128, 131, 203, 768])
+def test_decode_of_any_width_and_layout(impl, dtype, d_out):
+    """Blocks, single vectors and what remains; weights and codes that are not contiguous."""
+    codes = random_codes(d_out, 7, 19, 60)
+    g = torch.Generator().manual_seed(d_out)
+    W, b = torch.randn(d_out, 60, generator=g).to(dtype).t(), torch.randn(d_out, generator=g)
+    scattered = ops.SparseCodes(
+        codes.values.t().contiguous().t(), codes.indices.t().contiguous().t(), codes.counts
+    )
+    target = torch.randn(d_out, 7, generator=g).t()
+    x_hat, stats = ops.decode(scattered, W, b, target, impl=impl)
+    wanted, wanted_stats = ops.decode(codes, W.contiguous(), b, target.contiguous(), impl="torch")
+    assert torch.equal(x_hat, wanted)
+    assert stats is not None
+    assert wanted_stats is not None
+    assert torch.equal(stats, wanted_stats)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d_out", [5, 130])
+def test_permuted_decode_equals_decode_of_renamed_codes(impl, dtype, d_out):
+    codes = random_codes(7, 23, 9, 50)
+    g = torch.Generator().manual_seed(8)
+    W, b = torch.randn(50, d_out, generator=g).to(dtype), torch.randn(d_out, generator=g)
+    target = torch.randn(23, d_out, generator=g)
+    orders = torch.rand(4, 50, generator=g).argsort(1)
+    orders[3] = 7  # any renaming will do
+    threads = torch.get_num_threads()
+    for n_threads in (1, 3):
+        torch.set_num_threads(n_threads)
+        for bias in (None, b):
+            x_hat = ops.decode_permuted(codes, W, orders.int(), bias, impl=impl)
+            stats = ops.decode_permuted_stats(codes, W, orders, target, bias, impl=impl)
+            assert x_hat.shape == (4, 23, d_out)
+            assert stats.shape == (4, 23, 5)
+            for r, order in enumerate(orders):
+                renamed = codes.map_indices(order)
+                wanted, wanted_stats = ops.decode(renamed, W, bias, target, impl="torch")
+                assert torch.equal(x_hat[r], wanted)
+                assert wanted_stats is not None
+                assert torch.equal(stats[r], wanted_stats)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_permuted_decode_edges(impl):
+    W = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
+    orders = torch.arange(9).flip(0).expand(3, 9)
+    for tokens, slots in ((0, 3), (4, 0), (3, 2)):
+        codes = ops.SparseCodes(
+            torch.zeros(tokens, slots),
+            torch.full((tokens, slots), -1, dtype=torch.int32),
+            torch.zeros(tokens, dtype=torch.int32),
+        )
+        x_hat = ops.decode_permuted(codes, W, orders, torch.arange(5.0), impl=impl)
+        assert torch.equal(x_hat, torch.arange(5.0).expand(3, tokens, 5))
+        stats = ops.decode_permuted_stats(codes, W, orders, torch.ones(tokens, 5), impl=impl)
+        assert torch.equal(stats, torch.tensor([5.0, 5, 0, 0, 5]).double().expand(3, tokens, 5))
+        none = ops.decode_permuted_stats(codes, W, orders[:0], torch.ones(tokens, 5), impl=impl)
+        assert none.shape == (0, tokens, 5)
+        assert ops.decode_permuted(codes, W, orders[:0], impl=impl).shape == (0, tokens, 5)
+    codes = random_codes(1, 3, 4, 9)
+    with pytest.raises(CertifyError, match=r"permutations has shape \[2, 8\]"):
+        ops.decode_permuted(codes, W, torch.zeros(2, 8, dtype=torch.int32), impl=impl)
+    with pytest.raises(CertifyError, match="permutations name feature 9, but"):
+        ops.decode_permuted(codes, W, torch.full((2, 9), 9), impl=impl)
+    with pytest.raises(CertifyError, match="permutations name feature -1"):
+        ops.decode_permuted_stats(codes, W, orders - 1, torch.ones(3, 5), impl=impl)
+    with pytest.raises(CertifyError, match="permutations is torch.float32"):
+        ops.decode_permuted(codes, W, torch.zeros(2, 9), impl=impl)
+    with pytest.raises(CertifyError, match="target has shape"):
+        ops.decode_permuted_stats(codes, W, orders, torch.ones(3, 6), impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_weights_of_more_than_2_to_the_31_numbers(impl):
+    d_sae, d_out = 2**20 + 40, 2048
+    W = torch.empty(d_sae, d_out, dtype=torch.bfloat16)  # untouched pages cost nothing
+    last = torch.randn(20, d_out, generator=torch.Generator().manual_seed(0)).bfloat16()
+    W[-20:] = last
+    codes = random_codes(3, 5, 6, 20)
+    order = torch.arange(d_sae, dtype=torch.int32)
+    far = codes.map_indices(torch.arange(20) + d_sae - 20)
+    target = torch.ones(5, d_out)
+    wanted, wanted_stats = ops.decode(codes, last, None, target, impl=impl)
+    x_hat, stats = ops.decode(far, W, None, target, impl=impl)
+    assert torch.equal(x_hat, wanted)
+    assert stats is not None
+    assert wanted_stats is not None
+    assert torch.equal(stats, wanted_stats)
+    assert torch.equal(ops.decode_permuted(far, W, order[None], impl=impl)[0], wanted)
+    permuted = ops.decode_permuted_stats(far, W, order[None], target, impl=impl)
+    assert torch.equal(permuted[0], wanted_stats)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.floats(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import mpmath
 import numpy as np
 import ops_oracle as oracle
 import pytest
@@ -13,19 +14,21 @@ from saelens_certify.errors import CertifyError
 IMPLS = oracle.IMPLS
 
 
-def check(base, other, targets, alpha, size, impl):
+def check(base, other, targets, alpha, size, impl, softcap=None):
     """Compare both operators with float64, row by row."""
-    stats = ops.token_stats(other, targets, alpha, d_vocab=size, impl=impl)
-    pair = ops.pair_stats(base, other, targets, alpha, d_vocab=size, impl=impl)
+    shared = {"d_vocab": size, "softcap": softcap, "impl": impl}
+    stats = ops.token_stats(other, targets, alpha, **shared)
+    pair = ops.pair_stats(base, other, targets, alpha, **shared)
     for t, gold in enumerate(targets.tolist()):
-        p, _ = oracle.log_softmax(base[t, :size].double().numpy())
-        q, lse = oracle.log_softmax(other[t, :size].double().numpy())
+        best = [int(row[t, :size].double().numpy().argmax()) for row in (base, other)]
+        p, _ = oracle.log_softmax(oracle.capped(base[t, :size].double().numpy(), softcap))
+        q, lse = oracle.log_softmax(oracle.capped(other[t, :size].double().numpy(), softcap))
         assert abs(float(stats.bits[t]) - oracle.bits(q[gold], alpha, size)) <= 1e-5
         assert float(pair.bits[t]) == float(stats.bits[t])
         assert abs(float(pair.bits_base[t]) - oracle.bits(p[gold], alpha, size)) <= 1e-5
         assert abs(float(stats.lse[t]) - lse) <= 5e-6 + 1e-7 * abs(lse)
-        assert int(stats.argmax[t]) == int(q.argmax())
-        assert bool(pair.agree[t]) == (p.argmax() == q.argmax())
+        assert int(stats.argmax[t]) == best[1]
+        assert bool(pair.agree[t]) == (best[0] == best[1])
         if np.isfinite(q[gold]):
             assert abs(float(stats.gold_logprob[t]) - q[gold]) <= 5e-6 + 1e-7 * abs(q[gold])
         with np.errstate(invalid="ignore", over="ignore"):
@@ -56,6 +59,90 @@ def test_statistics_match_float64(impl, dtype, size):
     targets = torch.randint(0, size, (5,), generator=g)
     for alpha in (0.0, 0.1, 0.9):
         check(base, other, targets, alpha, size, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("softcap", [0.5, 30.0, 2000.0])
+def test_softcapped_statistics_match_float64(impl, dtype, softcap):
+    g = torch.Generator().manual_seed(int(softcap))
+    size = 5003
+    base = (softcap * torch.randn(6, size + 7, generator=g)).to(dtype)
+    base[1] /= 100
+    base[2, ::2] = -torch.inf  # the model has -softcap there, not a mask
+    base[3, 4] = torch.inf
+    base[4] = -torch.inf
+    other = base.clone()
+    other[:, : size // 2] = base[:, : size // 2] + torch.randn(6, size // 2, generator=g).to(dtype)
+    other[:, -7:] = float("nan")
+    targets = torch.randint(0, size, (6,), generator=g)
+    targets[2] = 0
+    # Without smoothing the loss of a token at -softcap may be infinite.
+    for alpha in (0.0 if softcap < 100 else 0.1, 0.5):
+        check(base, other, targets, alpha, size, impl, softcap)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_softcap_itself_against_arbitrary_precision(impl):
+    """With one token in the vocabulary the log-sum-exp is the capped logit."""
+    g = torch.Generator().manual_seed(0)
+    logits = 10 ** torch.empty(400, 1).uniform_(-6, 3, generator=g)
+    logits[::2] *= -1
+    logits[:4, 0] = torch.tensor([0.0, torch.inf, -torch.inf, 1e-45])
+    for softcap in (0.3, 30.0, 1000.0):
+        targets = torch.zeros(400, dtype=torch.int64)
+        stats = ops.token_stats(logits, targets, 0.1, softcap=softcap, impl=impl)
+        with mpmath.workdps(40):
+            for logit, lse in zip(logits[:, 0].tolist(), stats.lse.tolist(), strict=True):
+                wanted = softcap * mpmath.tanh(mpmath.mpf(logit) / mpmath.mpf(softcap))
+                assert abs(mpmath.mpf(lse) - wanted) <= 1e-12 * softcap
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_softcap_and_bad_rows(impl):
+    logits, targets = torch.randn(4, 3000), torch.zeros(4).long()
+    plain = ops.token_stats(logits, targets, 0.1, impl=impl)
+    for none in (None, 0, 0.0):
+        same = ops.token_stats(logits, targets, 0.1, softcap=none, impl=impl)
+        assert torch.equal(same.bits, plain.bits)
+    logits[2, 2999] = float("nan")
+    with pytest.raises(CertifyError, match="row 2"):
+        ops.token_stats(logits, targets, 0.1, softcap=30.0, impl=impl)
+    with pytest.raises(CertifyError, match="^logits of row 2"):
+        ops.pair_stats(logits.nan_to_num(), logits, targets, 0.1, softcap=30.0, impl=impl)
+    for bad in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(CertifyError, match="softcap = .* must be positive and finite"):
+            ops.token_stats(logits, targets, 0.1, softcap=bad, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_divergence_stays_infinite(impl):
+    """A masked token whose weight vanishes when a far larger logit comes, blocks later."""
+    base, other = torch.zeros(2, 2, 5000)
+    other[:, 0] = -torch.inf
+    base[:, 4500], other[:, 4500] = 2000.0, 2000.0
+    pair = ops.pair_stats(base, other, torch.full((2,), 4500), 0.1, impl=impl)
+    assert torch.isinf(pair.kl).all()
+
+
+def test_more_than_2_to_the_31_logits():
+    rows, width = 513, 2**22
+    logits = torch.empty(rows, width, dtype=torch.bfloat16)  # untouched pages cost nothing
+    logits[:, :70] = torch.randn(rows, 70, generator=torch.Generator().manual_seed(0)).bfloat16()
+    targets = torch.arange(rows) % 70
+    few = logits[:, :70].contiguous()
+    stats = ops.token_stats(logits, targets, 0.1, d_vocab=70)
+    assert torch.equal(stats.bits, ops.token_stats(few, targets, 0.1).bits)
+    pair = ops.pair_stats(logits, logits, targets, 0.1, d_vocab=70)
+    assert torch.equal(pair.bits, stats.bits)
+
+
+def test_logits_that_are_not_contiguous():
+    logits = torch.randn(60, 9, generator=torch.Generator().manual_seed(0)).t()
+    targets = torch.arange(9)
+    wanted = ops.token_stats(logits.contiguous(), targets, 0.1).bits
+    assert torch.equal(ops.token_stats(logits, targets, 0.1).bits, wanted)
+    assert torch.equal(ops.pair_stats(logits, logits, targets, 0.1).bits, wanted)
 
 
 @settings(max_examples=60, deadline=None)

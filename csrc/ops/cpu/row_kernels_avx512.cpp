@@ -26,6 +26,8 @@
   (f32x16) _mm512_slli_epi32(    \
       _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16)
 #define SAELENS_CERTIFY_GATHER_WIDTH 16
+#define SAELENS_CERTIFY_WIDEN_HALF(p) \
+  (f32x16) _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))
 #define SAELENS_CERTIFY_FMA(a, b, c) _mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c))
 #include "ops/cpu/row_kernels.inl"
 #if defined(__clang__)
