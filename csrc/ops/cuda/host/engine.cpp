@@ -204,13 +204,14 @@ uint64_t Block::collective(Kind kind, unsigned mask, uint64_t value, int source,
 }
 
 void Block::complete_collective(int first, unsigned mask, Kind kind) {
-  uint64_t brought[kLanes] = {}, joined = 0;
+  uint64_t brought[kLanes] = {}, joined = kind == Kind::kReduceMin ? ~uint64_t{0} : 0;
   for (int lane = 0; lane < kLanes; ++lane) {
     if (!(mask >> lane & 1)) continue;
     const uint64_t value = brought[lane] = threads_[first + lane].value;
     if (kind == Kind::kBallot) joined |= value << lane;
     if (kind == Kind::kReduceAdd) joined = static_cast<unsigned>(joined + value);
     if (kind == Kind::kReduceMax) joined = std::max(joined, value);
+    if (kind == Kind::kReduceMin) joined = std::min(joined, value);
     if (kind == Kind::kReduceOr) joined |= value;
   }
   for (int lane = 0; lane < kLanes; ++lane) {

@@ -94,6 +94,10 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value, SC_WHERE) {
   return static_cast<unsigned>(::saelens_certify::shim::collective(
       ::saelens_certify::shim::Kind::kReduceMax, mask, value, 0, where));
 }
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value, SC_WHERE) {
+  return static_cast<unsigned>(::saelens_certify::shim::collective(
+      ::saelens_certify::shim::Kind::kReduceMin, mask, value, 0, where));
+}
 inline unsigned __reduce_or_sync(unsigned mask, unsigned value, SC_WHERE) {
   return static_cast<unsigned>(::saelens_certify::shim::collective(
       ::saelens_certify::shim::Kind::kReduceOr, mask, value, 0, where));

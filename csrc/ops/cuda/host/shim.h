@@ -40,7 +40,16 @@ using Where = std::source_location;
 extern dim3 thread_index, block_index, block_size, grid_size;
 extern char* dynamic_memory;
 
-enum class Kind { kBarrier, kSyncwarp, kBallot, kShuffle, kReduceAdd, kReduceMax, kReduceOr };
+enum class Kind {
+  kBarrier,
+  kSyncwarp,
+  kBallot,
+  kShuffle,
+  kReduceAdd,
+  kReduceMax,
+  kReduceMin,
+  kReduceOr
+};
 
 // Runs every block of the grid.
 void run(const std::function<void()>& kernel, dim3 grid, dim3 block, size_t dynamic_bytes);

@@ -1,0 +1,131 @@
+// Host side of the operators on predictions: checks, the buffer of states, launches.
+#pragma once
+
+#include <cmath>
+#include <tuple>
+
+#include "ops/cuda/finish.cuh"
+
+namespace saelens_certify {
+
+namespace {
+
+struct PredictionArgs {
+  Tensor targets;  // int64 [tokens]
+  double alpha;
+  double softcap;
+  int64_t d_vocab;
+
+  int64_t tokens() const { return targets.size(0); }
+};
+
+// What all operators on predictions share; `columns` is the width of the logits. Whether targets
+// lie inside the vocabulary is the callers' to check; here one that does not gives NaN.
+inline PredictionArgs checked_prediction(Tensor targets, const Tensor& like, int64_t columns,
+                                         double alpha, double softcap, int64_t d_vocab) {
+  check_tensor("targets", targets, ScalarType::Long, 1);
+  check_size("targets", targets, 0, like.size(0));
+  check_device("targets", targets, like);
+  STD_TORCH_CHECK(alpha >= 0 && alpha < 1, "alpha = ", alpha, " must satisfy 0 <= alpha < 1");
+  STD_TORCH_CHECK(softcap == 0 || (softcap >= 1e-30 && softcap <= 1e30), "softcap = ", softcap,
+                  " must lie between 1e-30 and 1e30 (0: none)");
+  STD_TORCH_CHECK(d_vocab >= 1 && d_vocab <= columns && d_vocab < (int64_t{1} << 31),
+                  "d_vocab = ", d_vocab, " does not fit logits of ", columns, " columns");
+  return {targets, alpha, softcap, d_vocab};
+}
+
+template <bool kCap>
+Cap<kCap> cap_of(const PredictionArgs& args) {
+  return {args.softcap, static_cast<float>(args.softcap), static_cast<float>(1.0 / args.softcap)};
+}
+
+// Calls f(std::bool_constant<softcap != 0>).
+template <typename F>
+auto with_cap(const PredictionArgs& args, F&& f) {
+  return args.softcap == 0 ? f(std::false_type()) : f(std::true_type());
+}
+
+inline int64_t segments_of(int64_t columns) {
+  return (columns + kSegmentColumns - 1) / kSegmentColumns;
+}
+
+// Working memory: 16 bytes (a pair: 40) per row and segment.
+template <bool kPair>
+class States {
+ public:
+  States(int64_t rows, int64_t per_row, const Tensor& like)
+      : states_(empty_tensor({rows * per_row * kDoubles}, ScalarType::Double, like)),
+        gold_(empty_tensor({rows * (kPair ? 2 : 1)}, ScalarType::Float, like)),
+        per_row_(per_row) {}
+
+  State<kPair>* at(int64_t row, int64_t segment) const {
+    return reinterpret_cast<State<kPair>*>(mutable_data_of<double>(states_)) + row * per_row_ +
+           segment;
+  }
+  float* gold(int64_t row) const { return mutable_data_of<float>(gold_) + row * (kPair ? 2 : 1); }
+  int64_t per_row() const { return per_row_; }
+
+ private:
+  static constexpr int64_t kDoubles = sizeof(State<kPair>) / sizeof(double);
+  static_assert(sizeof(State<kPair>) % sizeof(double) == 0);
+  Tensor states_, gold_;
+  int64_t per_row_;
+};
+
+// Blocks of a row run next to each other in time, rows in launches of what a grid takes.
+template <typename T, bool kPair, bool kCap>
+void launch_segments(const Segments<T, kPair, kCap>& args, int64_t rows, Stream stream) {
+  launch(segment_kernel<T, kPair, kCap>,
+         dim3(grid_size_of(rows), grid_size_of(segments_of(args.columns))), kSegmentThreads, 0,
+         stream, args);
+}
+
+using TokenStats = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using PairStats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <bool kPair, bool kCap>
+auto finish(const PredictionArgs& prediction, const States<kPair>& states, Stream stream) {
+  const Tensor& like = prediction.targets;
+  const int64_t tokens = prediction.tokens();
+  Finish<kPair, kCap> args = {};
+  args.states = states.at(0, 0);
+  args.gold = states.gold(0);
+  args.targets = data_of<int64_t>(prediction.targets);
+  args.rows = tokens;
+  args.states_per_row = states.per_row();
+  args.d_vocab = prediction.d_vocab;
+  args.alpha = prediction.alpha;
+  args.cap = cap_of<kCap>(prediction);
+  Tensor bits = empty_tensor({tokens}, ScalarType::Double, like);
+  args.bits = mutable_data_of<double>(bits);
+  const auto run = [&] {
+    const int64_t rows_per_block = kFinishThreads / kWarp;
+    launch(finish_kernel<kPair, kCap>, grid_size_of((tokens + rows_per_block - 1) / rows_per_block),
+           kFinishThreads, 0, stream, args);
+  };
+  if constexpr (kPair) {
+    Tensor bits_base = empty_tensor({tokens}, ScalarType::Double, like);
+    Tensor kl = empty_tensor({tokens}, ScalarType::Double, like);
+    Tensor agree = empty_tensor({tokens}, ScalarType::Bool, like);
+    Tensor gap = empty_tensor({tokens}, ScalarType::Double, like);
+    args.bits_base = mutable_data_of<double>(bits_base);
+    args.kl = mutable_data_of<double>(kl);
+    args.agree = mutable_data_of<bool>(agree);
+    args.gap = mutable_data_of<double>(gap);
+    run();
+    return PairStats{bits_base, bits, kl, agree, gap};
+  } else {
+    Tensor lse = empty_tensor({tokens}, ScalarType::Double, like);
+    Tensor gold = empty_tensor({tokens}, ScalarType::Double, like);
+    Tensor argmax = empty_tensor({tokens}, ScalarType::Int, like);
+    args.lse = mutable_data_of<double>(lse);
+    args.gold_logprob = mutable_data_of<double>(gold);
+    args.argmax = mutable_data_of<int32_t>(argmax);
+    run();
+    return TokenStats{bits, lse, gold, argmax};
+  }
+}
+
+}  // namespace
+
+}  // namespace saelens_certify
