@@ -31,7 +31,7 @@ BUILD = ROOT / "build" / "emulated"
 
 FLAGS = [
     "-std=c++20",
-    "-O1",
+    "-O2",
     "-g1",
     "-fPIC",
     "-fvisibility=hidden",

@@ -1,9 +1,9 @@
 // Fibers, barriers and warp collectives of the host shim; knows nothing of torch.
+#include <bit>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
-#include <random>
 #include <vector>
 
 #include "ops/cuda/host/shim.h"
@@ -56,8 +56,34 @@ const char* name_of(Kind kind) {
 
 bool same_place(const Where& a, const Where& b) {
   return a.line() == b.line() && a.column() == b.column() &&
-         std::strcmp(a.file_name(), b.file_name()) == 0;
+         (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
 }
+
+// SplitMix64: a draw for every step of every thread has to be cheap.
+class Random {
+ public:
+  using result_type = uint64_t;
+  static constexpr uint64_t min() { return 0; }
+  static constexpr uint64_t max() { return ~uint64_t{0}; }
+
+  void seed(uint64_t seed) { state_ = seed; }
+  uint64_t operator()() {
+    uint64_t z = state_ += 0x9e3779b97f4a7c15u;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return z ^ z >> 31;
+  }
+  // Below n, which is small.
+  size_t below(size_t n) { return static_cast<size_t>(((*this)() >> 32) * n >> 32); }
+
+ private:
+  uint64_t state_ = 0;
+};
+
+// Lanes of a warp by what they do; those that do not exist count as done.
+struct Warp {
+  unsigned at_collective, at_barrier, done;
+};
 
 class Block {
  public:
@@ -89,8 +115,9 @@ class Block {
   void pause() { threads_[current_].fiber.leave(); }
 
   std::vector<Thread> threads_;
+  std::vector<Warp> warps_;
   std::vector<int> ready_;
-  std::mt19937_64 random_;
+  Random random_;
   const std::function<void()>* kernel_ = nullptr;
   int size_ = 0;
   int current_ = 0;
@@ -137,22 +164,27 @@ void Block::check_barrier(int thread) const {
   }
 }
 
+// Every lane of the mask must be here already, or still be able to come.
 void Block::check_collective(int thread) const {
   const Thread& t = threads_[thread];
+  const Warp& warp = warps_[thread / kLanes];
   const int first = thread - thread % kLanes;
   if (!(t.mask >> (thread % kLanes) & 1)) fail(thread, "the mask lacks the calling lane");
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const int i = first + lane;
-    if (!(t.mask >> lane & 1)) continue;
+  for (unsigned gone = t.mask & (warp.done | warp.at_barrier); gone != 0;) {
+    const int i = first + std::countr_zero(gone);
     if (i >= size_) fail(thread, "the mask names a lane that the block does not have");
-    const Thread& other = threads_[i];
-    if (other.state == State::kDone) fail(thread, "a lane of the mask has returned", i);
-    if (other.state == State::kBarrier) fail(thread, "a lane of the mask is at a barrier", i);
+    if (threads_[i].state == State::kDone) fail(thread, "a lane of the mask has returned", i);
+    fail(thread, "a lane of the mask is at a barrier", i);
+  }
+  for (unsigned here = t.mask & warp.at_collective; here != 0; here &= here - 1) {
+    const Thread& other = threads_[first + std::countr_zero(here)];
     // One that waits for others only will come here later.
-    if (other.state == State::kCollective && (other.mask >> (thread % kLanes) & 1) &&
-        (other.kind != t.kind || other.mask != t.mask || !same_place(t.where, other.where))) {
-      fail(thread, "lanes of the mask meet at different collectives", i);
+    if (&other == &t || !(other.mask >> (thread % kLanes) & 1)) continue;
+    if (other.kind != t.kind || other.mask != t.mask || !same_place(t.where, other.where)) {
+      fail(thread, "lanes of the mask meet at different collectives",
+           first + std::countr_zero(here));
     }
+    break;  // the rest have been compared with this one
   }
 }
 
@@ -162,6 +194,7 @@ int Block::barrier(int value, const Where& where) {
   t.kind = Kind::kBarrier;
   t.mask = 0;
   t.where = where;
+  warps_[current_ / kLanes].at_barrier |= 1u << lane();
   // Every check that can fail fails when the last of the threads concerned arrives; the first and
   // the last of a barrier see all of them.
   if (arrived_ == 0 || arrived_ + 1 == size_) check_barrier(current_);
@@ -172,6 +205,7 @@ int Block::barrier(int value, const Where& where) {
 }
 
 void Block::complete_barrier() {
+  for (Warp& warp : warps_) warp.at_barrier = 0;
   for (int i = 0; i < size_; ++i) {
     threads_[i].value = static_cast<uint64_t>(counted_);
     wake(i);
@@ -188,22 +222,24 @@ uint64_t Block::collective(Kind kind, unsigned mask, uint64_t value, int source,
   t.value = value;
   t.source = source;
   t.where = where;
+  Warp& warp = warps_[current_ / kLanes];
+  warp.at_collective |= 1u << lane();
   check_collective(current_);
   const int first = current_ - current_ % kLanes;
   if (kind == Kind::kShuffle && !(mask >> source & 1)) {
     fail(current_, "a shuffle reads from a lane outside the mask", first + source);
   }
-  unsigned here = 0;
-  for (int lane = 0; lane < kLanes && first + lane < size_; ++lane) {
-    const Thread& other = threads_[first + lane];
-    if (other.state == State::kCollective && other.mask == mask) here |= 1u << lane;
-  }
-  if (here == mask) complete_collective(first, mask, kind);
+  if ((warp.at_collective & mask) == mask) complete_collective(first, mask, kind);
   pause();
   return t.value;
 }
 
 void Block::complete_collective(int first, unsigned mask, Kind kind) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    // A lane of the mask may wait for yet others first.
+    if ((mask >> lane & 1) && threads_[first + lane].mask != mask) return;
+  }
+  warps_[first / kLanes].at_collective &= ~mask;
   uint64_t brought[kLanes] = {}, joined = kind == Kind::kReduceMin ? ~uint64_t{0} : 0;
   for (int lane = 0; lane < kLanes; ++lane) {
     if (!(mask >> lane & 1)) continue;
@@ -225,9 +261,9 @@ void Block::complete_collective(int first, unsigned mask, Kind kind) {
 // Of a few ready threads drawn at random the one whose warp ranks highest: one contender means any
 // order is as likely as any other, many let some warps run far ahead.
 int Block::next() {
-  size_t best = random_() % ready_.size();
+  size_t best = random_.below(ready_.size());
   for (int i = 1; i < contenders_; ++i) {
-    const size_t other = random_() % ready_.size();
+    const size_t other = random_.below(ready_.size());
     if (threads_[ready_[other]].priority > threads_[ready_[best]].priority) best = other;
   }
   const int thread = ready_[best];
@@ -242,8 +278,10 @@ void Block::run_block(dim3 index) {
   if (__start_saelens_certify_shared != nullptr) {
     fill_uninstrumented(__start_saelens_certify_shared, __stop_saelens_certify_shared);
   }
-  contenders_ = random_() % 2 ? 1 : 12;
+  contenders_ = random_() % 2 ? 1 : 8;
   ready_.clear();
+  warps_.assign((size_ + kLanes - 1) / kLanes, {0, 0, 0});
+  if (size_ % kLanes != 0) warps_.back().done = ~0u << size_ % kLanes;
   unsigned priority = 0;
   for (int i = 0; i < size_; ++i) {
     if (i % kLanes == 0) priority = static_cast<unsigned>(random_());
@@ -267,6 +305,7 @@ void Block::run_block(dim3 index) {
     threads_[current_].fiber.enter();
     if (threads_[current_].fiber.finished()) {
       threads_[current_].state = State::kDone;
+      warps_[current_ / kLanes].done |= 1u << lane();
       ++done;
       if (arrived_ > 0) {
         int waiting = 0;
