@@ -222,7 +222,7 @@ def test_ties_and_odd_shapes(
 @pytest.mark.parametrize(("seed", "screen"), list(zip("012", SCREENS, strict=True)))
 def test_result_does_not_depend_on_how_it_is_computed(backend, monkeypatch, screen, seed):
     monkeypatch.setenv("SAELENS_CERTIFY_SHIM_SEED", seed)
-    case = random_case(2, 9, 72, 3001)
+    case = random_case(2, 6, 72, 2101)
     case = replace(case, theta=None, gate_bias=None)
     wanted, wanted_pool = on_cpu(case, 20)
     every = all_on_cpu(case)
@@ -276,16 +276,19 @@ def test_buffers_that_overflow(backend, screen, name):
     x, W = adversaries(m)[name]
     case = Case(x, W, torch.zeros(m), pool=torch.arange(m) >= 1000)
     top, pooled = topk(backend, case, 9, screen)
-    every = threshold(backend, case, 1100, screen)
     assert pooled is not None
     active, members = case.oracle(0)
+    assert len(active) == m
     for t in range(2):
         assert oracle.rows(top)[t] == best(active, 9)
         assert oracle.rows(pooled)[t] == best(members, 9)
-        # More features than wait for scoring at a time, and more than there are slots.
-        assert every.counts[t] == len(active) == m
-        assert every.indices[t].tolist() == list(range(1100))
-        assert every.values[t].tolist() == [score for _, score in active[:1100]]
+    # More features than wait for scoring at a time, and more than there are slots.
+    for capacity in (600, 1100):
+        every = threshold(backend, case, capacity, screen)
+        for t in range(2):
+            assert every.counts[t] == m
+            assert every.indices[t].tolist() == list(range(capacity))
+            assert every.values[t].tolist() == [score for _, score in active[:capacity]]
 
 
 def test_counts_beyond_the_capacity_are_exact(backend):
