@@ -87,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore", DeprecationWarning)
     session = Session(options.suite, options.quick)
     try:
-        rows = chosen(rows_of(options.suite, session), options.only)
+        everything = rows_of(options.suite, session)
+        rows = everything if options.list and not options.only else chosen(everything, options.only)
     except UnknownRowError as error:
         print(error, file=sys.stderr)
         return 2
@@ -95,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in rows:
             sign = "<=" if row.better == "lower" else ">="
             target = "" if row.target is None else f"{sign} {row.target:.3g}"
-            print(f"{row.name:40s} {target:8s} {row.unavailable or row.what}")
+            on_request = "(only when named) " if row.on_request else ""
+            print(f"{row.name:40s} {target:8s} {on_request}{row.unavailable or row.what}")
         return 0
     if options.suite == "cuda" and not torch.cuda.is_available():
         print(

@@ -70,7 +70,7 @@ class SaeInputs:
     @classmethod
     def of(cls, session: Session, shape: Shape) -> SaeInputs:
         """Return the inputs of a shape; only those of the latest shape are kept."""
-        return session.keep("sae", shape.name, lambda: cls(session, shape))
+        return session.keep(f"sae {shape.name}", "inputs", lambda: cls(session, shape))
 
     @cached_property
     def weight(self) -> Tensor:
@@ -165,7 +165,7 @@ class HeadInputs:
     @classmethod
     def of(cls, session: Session, shape: Shape) -> HeadInputs:
         """Return the inputs of a shape; only those of the latest shape are kept."""
-        return session.keep("head", shape.name, lambda: cls(session, shape))
+        return session.keep(f"head {shape.name}", "inputs", lambda: cls(session, shape))
 
     def targets(self, n: int) -> Tensor:
         """Gold tokens."""

@@ -18,18 +18,22 @@ class ModelShape:
         title: Whose shape this is, and how much of it.
         settings: Arguments of ``HookedTransformerConfig``.
         d_sae: Features of each SAE.
+        dtype: Type of the model's weights.
+        sae_dtype: Type of the SAE's weights.
     """
 
     title: str
     settings: dict[str, Any] = field(hash=False)
     d_sae: int
+    dtype: torch.dtype = torch.float32
+    sae_dtype: torch.dtype = torch.float32
 
     def toy(self) -> ModelShape:
         """Return the same architecture at a size for tests, with as many layers as GPT-2."""
         small = {"n_layers": 12, "d_model": 32, "d_head": 8, "n_heads": 4, "d_mlp": 64}
         small |= {"d_vocab": 211, "n_ctx": 64}
         if "rotary_dim" in self.settings:
-            small |= {"rotary_dim": 8, "n_layers": 4}
+            small |= {"rotary_dim": 8, "n_layers": 2}
         if "n_key_value_heads" in self.settings:
             small |= {"n_key_value_heads": 2}
         return replace(self, settings=self.settings | small, d_sae=384)
@@ -54,9 +58,9 @@ GPT2 = ModelShape(
 _ROTARY = {"normalization_type": "RMS", "positional_embedding_type": "rotary", "gated_mlp": True}
 
 GEMMA_2B = ModelShape(
-    "Gemma-2B, 4 of 18 layers",
+    "Gemma-2B, 2 of 18 layers",
     {
-        "n_layers": 4,
+        "n_layers": 2,
         "d_model": 2048,
         "d_head": 256,
         "n_heads": 8,
@@ -69,6 +73,7 @@ GEMMA_2B = ModelShape(
         **_ROTARY,
     },
     16384,
+    torch.bfloat16,
 )
 
 LLAMA_3_8B = ModelShape(
@@ -87,17 +92,19 @@ LLAMA_3_8B = ModelShape(
         **_ROTARY,
     },
     131072,
+    torch.bfloat16,
+    torch.bfloat16,
 )
 
 
-def random_model(shape: ModelShape, dtype: torch.dtype = torch.float32) -> Any:
+def random_model(shape: ModelShape) -> Any:
     """Build a HookedTransformer with random weights."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     torch.manual_seed(0)
     # init_weights=False leaves uninitialised memory; filling it here is faster than the library's way.
     config = HookedTransformerConfig(
-        **shape.settings, device="cpu", dtype=dtype, init_weights=False
+        **shape.settings, device="cpu", dtype=shape.dtype, init_weights=False
     )
     model = HookedTransformer(config)
     for name, parameter in model.named_parameters():
@@ -128,7 +135,7 @@ def random_sae(shape: ModelShape, hook: str, seed: int = 0) -> Any:
     with torch.no_grad():
         sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
         sae.W_enc.copy_(sae.W_dec.T)
-    return sae.eval()
+    return sae.to(shape.sae_dtype).eval()
 
 
 def random_tokens(shape: ModelShape, n_sequences: int, seed: int) -> Int[Tensor, "sequences 32"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -44,6 +45,7 @@ class Row:
         target: Bound on the ratio; None where the row only informs.
         better: Which direction of the ratio is good.
         unavailable: Why the row cannot be measured in this version, empty if it can.
+        on_request: Whether the row runs only when it is named.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Row:
     target: float | None = None
     better: Better = "lower"
     unavailable: str = ""
+    on_request: bool = False
 
     def met(self, ratio: float) -> bool | None:
         """Whether a ratio meets the target; None without one."""
@@ -72,8 +75,9 @@ class Session:
     def __init__(self, device: str, quick: bool = False) -> None:
         self.device = device
         self.quick = quick
-        self.budget_s = 0.0 if quick else (1.0 if device == "cuda" else 4.0)
-        self._kept: dict[str, tuple[Any, Any]] = {}
+        self.budget_s = 0.0 if quick else (0.5 if device == "cuda" else 2.5)
+        self._scope = ""
+        self._kept: dict[str, Any] = {}
 
     @cached_property
     def ceilings(self) -> Ceilings:
@@ -85,12 +89,15 @@ class Session:
         """Whether 16-bit matrix products run in hardware."""
         return has_native_16bit(self.device)
 
-    def keep(self, slot: str, key: Any, make: Callable[[], Any]) -> Any:
-        """Return the slot's content if it was made for this key; else drop it and make it."""
-        if slot not in self._kept or self._kept[slot][0] != key:
-            self._kept.pop(slot, None)
-            self._kept[slot] = (key, make())
-        return self._kept[slot][1]
+    def keep(self, scope: str, slot: str, make: Callable[[], Any]) -> Any:
+        """Return what was made for a slot; a new scope first drops all that the last one kept."""
+        if scope != self._scope:
+            self._kept.clear()
+            gc.collect()
+            self._scope = scope
+        if slot not in self._kept:
+            self._kept[slot] = make()
+        return self._kept[slot]
 
     def copies(self, n_bytes: int) -> int:
         """How many inputs of this size must take turns so that none is found in the L2 cache."""

@@ -43,13 +43,15 @@ def rows_of(suite: str, session: Session) -> list[Row]:
 
 
 def chosen(rows: Sequence[Row], only: Sequence[str]) -> list[Row]:
-    """Return the rows whose names are given or begin with what is given; all of them for nothing.
+    """Return the rows whose names are given or begin with what is given.
+
+    With nothing given: all but those that run on request.
 
     Raises:
         UnknownRowError: Something given matches no row.
     """
     if not only:
-        return list(rows)
+        return [row for row in rows if not row.on_request]
     for wanted in only:
         if not any(row.name.startswith(wanted) for row in rows):
             groups = sorted({row.name.partition(".")[0] for row in rows})
