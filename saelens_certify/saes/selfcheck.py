@@ -94,7 +94,7 @@ def _added_up(adapter: SAEAdapter, x: Float[Tensor, "tokens d_in"]) -> Float[Ten
     used = codes.features.values != 0
     decoder_norms = adapter.decoder.float().norm(dim=-1)
     u, _ = adapter.encoder_input(x)
-    scores = u.norm(dim=-1, keepdim=True) * adapter.encoder_norms[slots]
+    scores = u.norm(dim=-1, keepdim=True) * adapter.encoder_screen.norms[slots]
     if adapter.score_scale is not None:
         scores = scores * adapter.score_scale[slots]
     sizes = (codes.features.values.abs() + scores) * decoder_norms[slots] * used

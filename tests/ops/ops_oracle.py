@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,6 +13,27 @@ from saelens_certify import ops
 from saelens_certify.ops._library import library
 
 IMPLS: list[ops.Impl] = ["torch"] if library().path is None else ["native", "torch"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to run an encoder: an implementation, and the precision that it screens with."""
+
+    impl: ops.Impl
+    precision: Literal["float32", "bfloat16"]
+
+    def topk(self, x, W, bias, **settings):
+        screen = ops.prepare_screen(W, self.precision)
+        return ops.topk_encode(x, W, bias, screen=screen, impl=self.impl, **settings)
+
+    def threshold(self, x, W, bias, **settings) -> ops.SparseCodes:
+        screen = ops.prepare_screen(W, self.precision)
+        return ops.threshold_encode(x, W, bias, screen=screen, impl=self.impl, **settings)
+
+
+FORMS = [Form("torch", "float32")]
+if "native" in IMPLS:
+    FORMS += [Form("native", "float32"), Form("native", "bfloat16")]
 
 
 def lane_sum(terms) -> float:
@@ -32,6 +55,11 @@ def scores(x, W, bias, scale=None) -> np.ndarray:
             total *= float(scale[j])
         out[j] = np.float32(total)
     return out
+
+
+def gated(row: np.ndarray, gates: np.ndarray) -> np.ndarray:
+    """Scores of a gated SAE: -inf where the gate is closed."""
+    return np.where(gates > 0, row, np.float32(-np.inf))
 
 
 def active(row: np.ndarray, theta, pool=None) -> list[int]:

@@ -4,8 +4,7 @@ import ops_oracle as oracle
 import pytest
 import torch
 
-from saelens_certify.ops import weight_norms
-from saelens_certify.ops.margin import gemm_error
+from saelens_certify.ops.margin import gemm_error, weight_norms
 from saelens_certify.ops.reference.encode import Encoder
 
 CPU = torch.device("cpu")
@@ -13,7 +12,7 @@ CPU = torch.device("cpu")
 
 def encoder(W, bias, scale=None, error=None):
     error = gemm_error(W.shape[1], CPU) if error is None else error
-    return Encoder(W, bias, scale, None, weight_norms(W), error)
+    return Encoder(W, bias, scale, None, None, weight_norms(W), error)
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
@@ -33,10 +32,11 @@ def test_margin_contains_the_exact_score(precision, kind):
     try:
         torch.set_float32_matmul_precision(precision)
         used = encoder(W, bias, scale)
-        for start, screened, margins in used.tiles(x, 100):
-            exact = (x.double() @ W[start : start + 100].double().T) + bias[start : start + 100]
-            exact = (exact * scale[start : start + 100].double()).float()
-            assert ((screened.double() - exact.double()).abs() <= margins.double()).all()
+        for tile in used.tiles(x, 100):
+            part = slice(tile.start, tile.start + 100)
+            exact = (x.double() @ W[part].double().T) + bias[part]
+            exact = (exact * scale[part].double()).float()
+            assert ((tile.screened.double() - exact.double()).abs() <= tile.margins.double()).all()
     finally:
         torch.set_float32_matmul_precision("highest")
 

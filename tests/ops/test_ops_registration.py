@@ -26,15 +26,18 @@ def samples():
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
     targets = torch.arange(6)
     norms = weight_norms(W)
+    screen = ops.prepare_screen(W, "bfloat16")
+    screened = (screen.norms, screen.weight, screen.error)
+    error16 = gemm_error(40, torch.device("cpu"), torch.bfloat16)
     orders = torch.rand(3, 100, generator=torch.Generator().manual_seed(0)).argsort(1).int()
     return {
         "topk_encode": [
-            (x, W, bias, scale, theta, norms, bits, 7, error, 0, 0),
-            (x, W.bfloat16(), bias, None, None, norms, None, 100, error, 4, 33),
+            (x, W, bias, scale, theta, bias, *screened, bits, 7, error16, 0, 0),
+            (x, W.bfloat16(), bias, None, None, None, norms, None, None, None, 100, error, 4, 33),
         ],
         "threshold_encode": [
-            (x, W, bias, scale, theta, norms, 20, error, 0, 0),
-            (x, W.half(), bias, None, None, norms, 1, error, 4, 33),
+            (x, W, bias, scale, theta, bias, *screened, 20, error16, 0, 0),
+            (x, W.half(), bias, None, None, None, norms, None, None, 1, error, 4, 33),
         ],
         "restrict": [(codes.values, codes.indices, bits)],
         "pool_count_": [(torch.zeros(100, dtype=torch.int64), codes.indices)],
@@ -83,9 +86,11 @@ def test_compiled_operators_check_their_arguments(impl):
     fails("topk_encode", 0, torch.zeros(6, 39), "weight has size 40 in dimension 1, expected 39")
     fails("topk_encode", 0, torch.zeros(40, 6).t(), "x must be contiguous")
     fails("topk_encode", 1, torch.zeros(100, 40, dtype=torch.int64), "weight has type Long")
-    fails("topk_encode", 7, 0, "k = 0 must lie between 1 and 100")
-    fails("topk_encode", 6, torch.zeros(3, dtype=torch.int32), "pool_bits has size 3")
-    fails("threshold_encode", 6, -1, "capacity = -1")
+    fails("topk_encode", 7, None, "screen_weight and screen_error must be given together")
+    fails("topk_encode", 7, torch.zeros(100, 40).half(), "screen_weight has type Half")
+    fails("topk_encode", 10, 0, "k = 0 must lie between 1 and 100")
+    fails("topk_encode", 9, torch.zeros(3, dtype=torch.int32), "pool_bits has size 3")
+    fails("threshold_encode", 9, -1, "capacity = -1")
     fails("decode", 1, calls["decode"][1] + 1000, "indices hold")
     fails("decode", 2, calls["decode"][2] + 1000, "counts hold")
     fails("count_outside", 1, torch.zeros(1, dtype=torch.int32), "indices span")
@@ -147,8 +152,8 @@ g = torch.Generator().manual_seed(0)
 x = torch.randn(tokens, d_in, generator=g)
 W, bias = torch.randn(d_sae, d_in, generator=g) / 8, torch.full((d_sae,), -2.0)
 bits = ops.pool_bits(torch.rand(d_sae, generator=g) < 0.5)
-norms = ops.weight_norms(W)
-shared = {"weight_norms": norms, "impl": impl}
+screen = ops.prepare_screen(W)
+shared = {"screen": screen, "impl": impl}
 ops.topk_encode(x[:2], W, bias, k=32, **shared)  # loads what is loaded once
 print(growth(lambda: ops.topk_encode(x, W, bias, k=32, pool_bits=bits, **shared)))
 print(growth(lambda: ops.threshold_encode(x, W, bias - 1.5, **shared)))

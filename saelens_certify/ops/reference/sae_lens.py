@@ -14,13 +14,15 @@ from saelens_certify.ops.reference.encode import Encoder, in_pool, padded
 _CHUNK_BYTES = 1 << 28
 
 
-def _activations(x: Tensor, encoder: Encoder) -> Tensor:
-    """Dense activations, zero where a feature is not active."""
+def _activations(x: Tensor, encoder: Encoder, relu: bool = True) -> Tensor:
+    """Dense activations, zero where a feature is not active (or scores, where only ReLU follows)."""
     dtype = encoder.W.dtype
     product = x.to(dtype) @ encoder.W.t()
     score = product + encoder.bias.to(dtype)
     if encoder.scale is not None:
         score = score * encoder.scale.to(dtype)
+    if not relu and encoder.theta is None and encoder.gate_bias is None:
+        return score
     active = score > (0 if encoder.theta is None else encoder.theta.to(dtype))
     if encoder.gate_bias is not None:
         active &= product + encoder.gate_bias.to(dtype) > 0
@@ -42,10 +44,14 @@ def topk_as_sae_lens(
         member = in_pool(pool_bits, torch.arange(encoder.W.shape[0], device=x.device))
     found = []
     for part in _chunks(x, encoder):
-        dense = _activations(part, encoder)
+        # SAELens ranks before its ReLU; ties depend on that too.
+        dense = _activations(part, encoder, relu=False)
         if member is not None:
-            dense = dense * member
-        values, indices = dense.topk(k, dim=1, sorted=True)
+            dense = torch.where(member, dense, 0)
+        # The very call that SAELens makes (ties depend on it); only then put in order.
+        values, indices = dense.topk(k, dim=1, sorted=False)
+        values, order = values.sort(dim=1, descending=True, stable=True)
+        indices = indices.gather(1, order)
         used = values > 0
         found.append(
             (values.float(), torch.where(used, indices, -1).int(), used.sum(1, dtype=torch.int32))
