@@ -83,8 +83,7 @@ def test_gpu_suite_needs_no_sae_lens() -> None:
         "for name in ('sae_lens', 'transformer_lens', 'datasets', 'transformers'):\n"
         "    sys.modules[name] = None\n"
         "from benchmarks.__main__ import run\n"
-        "from benchmarks.rooflines import Ceilings
-from benchmarks.session import Session\n"
+        "from benchmarks.session import Session\n"
         "from benchmarks.suites import chosen, rows_of\n"
         "session = Session('cpu', quick=True)\n"
         "rows = chosen(rows_of('cuda', session), ['K1.exact.G2', 'K7.head.G2'])\n"
