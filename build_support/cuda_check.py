@@ -43,7 +43,12 @@ OBJECT_MIB = 4.0
 # multiprocessor that must fit). A multiprocessor has 65536 registers. The first pattern found in a
 # kernel's name counts.
 DEFAULT_BUDGET = (256, 4)
-BUDGETS: tuple[tuple[str, tuple[int, int]], ...] = ()
+BUDGETS: tuple[tuple[str, tuple[int, int]], ...] = (
+    ("^filter_kernel<", (128, 4)),
+    # Two rows of logits at a time hold two states.
+    (r"^segment_kernel<\w+, true,", (128, 5)),
+    ("^segment_kernel<", (128, 8)),
+)
 
 COMPILING = re.compile(r"Compiling entry function '(\S+)' for '(sm_\w+)'")
 PROPERTIES = re.compile(
