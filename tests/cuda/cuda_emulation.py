@@ -31,7 +31,7 @@ BUILD = ROOT / "build" / "emulated"
 
 FLAGS = [
     "-std=c++20",
-    "-O2",
+    "-O1",
     "-g1",
     "-fPIC",
     "-fvisibility=hidden",
@@ -92,7 +92,8 @@ def build(name: str, sources: Sequence[Path], compile_with: Sequence[str], link:
         Path of the result.
     """
     folder = BUILD / ("sanitized" if sanitized() else "plain")
-    folder.mkdir(parents=True, exist_ok=True)
+    parts = folder / Path(name).stem
+    parts.mkdir(parents=True, exist_ok=True)
     every = [*compiler(), *flags(), *compile_with]
     common = hashlib.sha256("\0".join(every).encode())
     for header in sorted(CSRC.rglob("*.h")) + sorted(CSRC.rglob("*.cuh")):
@@ -105,9 +106,9 @@ def build(name: str, sources: Sequence[Path], compile_with: Sequence[str], link:
         def compiled(source: Path) -> Path:
             key = common.copy()
             key.update(source.read_bytes())
-            target = folder / f"{source.stem}-{key.hexdigest()[:16]}.o"
+            target = parts / f"{source.stem}-{key.hexdigest()[:16]}.o"
             if not target.exists():
-                for old in folder.glob(f"{source.stem}-" + "?" * 16 + ".o"):
+                for old in parts.glob(f"{source.stem}-" + "?" * 16 + ".o"):
                     old.unlink()
                 partial = target.with_suffix(".partial")
                 run([*every, "-x", "c++", "-c", str(source), "-o", str(partial)])
@@ -149,12 +150,16 @@ def library() -> Path:
 
 
 @cache
-def shim_cases() -> Path:
-    """The program with the tests of the shim itself."""
+def shim_cases(*, ucontext: bool = False) -> Path:
+    """The program with the tests of the shim itself.
+
+    Args:
+        ucontext: Switch fibers the portable way.
+    """
     host = CSRC / "ops" / "cuda" / "host"
     return build(
-        "shim_cases",
+        "shim_cases_ucontext" if ucontext else "shim_cases",
         [Path(__file__).with_name("shim_cases.cpp"), host / "engine.cpp", host / "switch.cpp"],
-        [],
+        ["-DSAELENS_CERTIFY_SHIM_UCONTEXT"] if ucontext else [],
         [],
     )

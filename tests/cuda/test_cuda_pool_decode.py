@@ -193,6 +193,8 @@ def check_permuted(backend, codes, W, b, target, repeats):
     stats = backend.ops.decode_permuted_stats(*there, *backend.to(target))
     assert x_hat.shape == (repeats, *target.shape)
     assert stats.shape == (repeats, target.shape[0], 5)
+    assert same(x_hat, CPU.decode_permuted(*parts(codes), W, b, permutations))
+    assert same(stats, CPU.decode_permuted_stats(*parts(codes), W, b, permutations, target))
     for r, permutation in enumerate(permutations):
         mapped = codes.map_indices(permutation)
         wanted, wanted_stats = CPU.decode_stats(*parts(mapped), W, b, target)
@@ -207,6 +209,21 @@ def test_permuted_decoding_equals_decoding_of_renamed_codes(backend, dtype, d_ou
     W, b = torch.randn(50, d_out, generator=g).to(dtype), torch.randn(d_out, generator=g)
     check_permuted(backend, random_codes(1, 4, 13, 50), W, b, torch.randn(4, d_out, generator=g), 3)
     check_permuted(backend, random_codes(2, 1, 5, 50), W, None, torch.randn(1, d_out), 5)
+
+
+def test_decode_more_than_2_to_the_31_weights(backend):
+    # Only the rows that codes name are ever touched: the rest takes no memory.
+    W = torch.empty((1 << 21) + 2, 1024, dtype=torch.bfloat16, device=backend.device)
+    few = torch.randn(2, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
+    W[1 << 21 :] = few.to(backend.device)
+    codes = ops.SparseCodes(
+        torch.tensor([[2.0, -3.0]]),
+        torch.tensor([[0, 1]], dtype=torch.int32),
+        torch.tensor([2], dtype=torch.int32),
+    )
+    far = backend.to(codes.values, codes.indices + (1 << 21), codes.counts)
+    x_hat = backend.ops.decode(*far, W, None)
+    assert same(x_hat, CPU.decode(*parts(codes), few, None))
 
 
 def test_results_do_not_depend_on_the_order_of_threads(backend, monkeypatch):

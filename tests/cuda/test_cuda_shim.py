@@ -13,9 +13,9 @@ import pytest
 SEEDS = range(6)
 
 
-def run(case: str, seed: int = 0) -> subprocess.CompletedProcess[str]:
+def run(case: str, seed: int = 0, *, ucontext: bool = False) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "SAELENS_CERTIFY_SHIM_SEED": str(seed)}
-    command = [str(cuda_emulation.shim_cases()), case]
+    command = [str(cuda_emulation.shim_cases(ucontext=ucontext)), case]
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
@@ -28,6 +28,12 @@ def outputs(case: str) -> set[str]:
 @pytest.mark.parametrize("case", ["reverse", "shift", "collectives"])
 def test_right_kernels_do_not_depend_on_the_order(case):
     assert len(outputs(case)) == 1
+
+
+@pytest.mark.parametrize("case", ["shift", "collectives", "shift_unsynchronised", "arrivals"])
+def test_portable_fibers_do_the_same(case):
+    for seed in SEEDS:
+        assert run(case, seed, ucontext=True).stdout == run(case, seed).stdout != ""
 
 
 @pytest.mark.parametrize("case", ["reverse", "shift"])

@@ -254,8 +254,19 @@ def test_heads_match_float64(backend, dtype, tied, size, tile):
 
 
 def test_a_head_of_many_rows(backend):
-    head = random_head(3, 1300, 8, 11, torch.float32, False)
-    check_head(backend, head, head[3], 0.1, 0.0, 11, 4)
+    # More than one chunk of 1024 rows.
+    head = random_head(3, 1030, 8, 5, torch.float32, False)
+    check_head(backend, head, head[3], 0.1, 0.0, 5, 3)
+
+
+def test_more_than_2_to_the_31_logits(backend):
+    # Only the columns of the vocabulary are ever touched: the rest takes no memory.
+    logits = torch.empty(9, 1 << 28, dtype=torch.bfloat16, device=backend.device)
+    few = torch.randn(9, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits[:, :40] = few.to(backend.device)
+    targets = torch.arange(9)
+    stats = backend.ops.token_stats(logits, *backend.to(targets), 0.1, 0.0, 40)
+    check_token(stats, few, targets, 0.1, 0.0, 40)
 
 
 def test_head_tiles_change_nothing(backend):

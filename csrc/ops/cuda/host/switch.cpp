@@ -4,7 +4,7 @@
 
 namespace saelens_certify::shim {
 
-#if defined(__x86_64__)
+#if SC_FAST_SWITCH
 asm(R"(
 .text
 .globl sc_switch_stack
@@ -50,7 +50,7 @@ void Fiber::allocate() {
   // A stack that grows too long ends the process instead of writing elsewhere.
   mprotect(memory, kGuardBytes, PROT_NONE);
   stack_ = static_cast<char*>(memory) + kGuardBytes;
-#if defined(__x86_64__)
+#if SC_FAST_SWITCH
   // What sc_switch_stack pops: r15, r14, r13 = start, r12 = this, rbx, rbp, return address. The
   // stack pointer is a multiple of 16 when the first function is called.
   uint64_t* top = reinterpret_cast<uint64_t*>(stack_ + kStackBytes) - 9;
@@ -78,7 +78,7 @@ void Fiber::enter() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&fake_outside_, stack_, kStackBytes);
 #endif
-#if defined(__x86_64__)
+#if SC_FAST_SWITCH
   sc_switch_stack(&outside_, inside_);
 #else
   swapcontext(&outside_, &inside_);
@@ -92,7 +92,7 @@ void Fiber::leave() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&fake_inside_, outer_stack_, outer_size_);
 #endif
-#if defined(__x86_64__)
+#if SC_FAST_SWITCH
   sc_switch_stack(&inside_, outside_);
 #else
   swapcontext(&inside_, &outside_);

@@ -1,7 +1,13 @@
 // A fiber: a function on a stack of its own that hands control back and forth. On x86-64 the
 // switch is a few instructions (ucontext takes a system call per switch, and AddressSanitizer
-// distrusts it); elsewhere it is ucontext.
+// distrusts it); elsewhere, or with SAELENS_CERTIFY_SHIM_UCONTEXT, it is ucontext.
 #pragma once
+
+#if defined(__x86_64__) && !defined(SAELENS_CERTIFY_SHIM_UCONTEXT)
+#define SC_FAST_SWITCH 1
+#else
+#define SC_FAST_SWITCH 0
+#endif
 
 #include <sys/mman.h>
 
@@ -10,7 +16,7 @@
 #include <cstdlib>
 #include <functional>
 
-#if !defined(__x86_64__)
+#if !SC_FAST_SWITCH
 #include <ucontext.h>
 #endif
 
@@ -20,7 +26,7 @@
 
 namespace saelens_certify::shim {
 
-#if defined(__x86_64__)
+#if SC_FAST_SWITCH
 // Saves the caller's registers on its stack and the stack pointer in *from, then goes on with the
 // stack `to` where that one was left.
 extern "C" __attribute__((visibility("hidden"))) void sc_switch_stack(void** from, void* to);
@@ -59,7 +65,7 @@ class Fiber {
   const std::function<void()>* function_ = nullptr;
   char* stack_ = nullptr;
   bool finished_ = false;
-#if defined(__x86_64__)
+#if SC_FAST_SWITCH
   void* inside_ = nullptr;
   void* outside_ = nullptr;
 #else
