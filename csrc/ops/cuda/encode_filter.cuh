@@ -10,8 +10,9 @@ namespace {
 
 constexpr int kFilterThreads = 128;
 constexpr int kFilterRows = kFilterThreads / kWarp;
-// Columns that a warp takes at a time.
+// Columns that a warp takes at a time, and such groups whose loads are in flight together.
 constexpr int kGroup = 4 * kWarp;
+constexpr int kGroups = 4;
 
 // Outlier dimensions of a chunk of rows: left out of the product, added here in float32.
 struct Outliers {
@@ -73,7 +74,6 @@ class RowSums {
         inputs_(count_ == 0 ? nullptr : tile.outliers.inputs + row * Outliers::kMost) {}
 
   // Four columns per group, from columns[group] on.
-  template <int kGroups>
   __device__ void sum(float4 (&four)[kGroups], const int32_t (&columns)[kGroups]) const {
 #pragma unroll
     for (float4& f : four) f = {f.x * scale_, f.y * scale_, f.z * scale_, f.w * scale_};
@@ -89,15 +89,6 @@ class RowSums {
              __fmaf_rn(x, w.w, f.w)};
       }
     }
-  }
-
-  __device__ float sum(float product, int32_t column) const {
-    float total = product * scale_;
-#pragma unroll 1
-    for (int o = 0; o < count_; ++o) {
-      total = __fmaf_rn(inputs_[o], outliers_.weights[o * outliers_.stride + column], total);
-    }
-    return total;
   }
 
  private:
@@ -167,15 +158,73 @@ __device__ inline LaneCandidate candidate_at(const EncodeView& view, const RowMa
   return {possible, certain ? lower : -INFINITY, upper, column};
 }
 
+// Columns of a row that passed, ascending. They wait here until there is one for every lane, as
+// what follows takes a warp as long for one column as for 32.
+struct Hit {
+  float sum;
+  int32_t column;
+};
+
+class HitQueue {
+ public:
+  // Room for what a step of the filter may add to an incomplete warp.
+  static constexpr int kCapacity = kWarp + kGroups * kGroup;
+
+  __device__ explicit HitQueue(Hit* entries) : entries_(entries) {}
+
+  __device__ int size() const { return size_; }
+
+  // Adds columns `column` to `column` + 3 of every lane where the mask has them.
+  __device__ void add(unsigned mask, const float4& sums, int32_t column) {
+    int at = size_;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const unsigned lanes = __ballot_sync(kAllLanes, mask >> c & 1);
+      at += __popc(lanes & lanes_before());
+      size_ += __popc(lanes);
+    }
+    if (mask & 1) entries_[at++] = {sums.x, column};
+    if (mask & 2) entries_[at++] = {sums.y, column + 1};
+    if (mask & 4) entries_[at++] = {sums.z, column + 2};
+    if (mask & 8) entries_[at] = {sums.w, column + 3};
+  }
+
+  // Calls visit(hit, whether there is one) on all lanes while there are at least `least` hits, one
+  // or a warp.
+  template <typename Visit>
+  __device__ void drain(int least, const Visit& visit) {
+    __syncwarp();
+    int done = 0;
+#pragma unroll 1
+    while (size_ - done >= least) {
+      const int at = done + lane_id();
+      const Hit hit = at < size_ ? entries_[at] : Hit{};
+      visit(hit, at < size_);
+      done = min(done + kWarp, size_);
+    }
+    // What is left moves to the front; everybody has read before anybody writes.
+    const int at = done + lane_id();
+    const Hit hit = at < size_ ? entries_[at] : Hit{};
+    __syncwarp();
+    if (at < size_) entries_[lane_id()] = hit;
+    size_ -= done;
+    __syncwarp();
+  }
+
+ private:
+  Hit* entries_;
+  int size_ = 0;
+};
+
 // A sink takes the candidates of a row; there are several (below).
 template <typename Sink, bool kExtras>
 __global__ void __launch_bounds__(kFilterThreads, 4)
     filter_kernel(EncodeView view, Tile tile, typename Sink::Lists lists) {
-  // Groups whose loads are in flight together.
-  constexpr int kGroups = 4;
+  __shared__ Hit hits[kFilterRows][HitQueue::kCapacity];
   const int64_t row = int64_t{blockIdx.x} * kFilterRows + warp_id();
   if (row >= tile.rows) return;
   Sink sink(view, lists, row, tile.first_row);
+  HitQueue queue(hits[warp_id()]);
   const RowMargin margin = tile.margins[row];
   const RowSums sums(tile, row);
   Screen screen = {slack_of(margin, tile.most->score), 0.0f, 0.0f};
@@ -195,26 +244,18 @@ __global__ void __launch_bounds__(kFilterThreads, 4)
     }
     sums.sum(four, columns);
     screen.floor = sink.floor();
-    unsigned hits = 0;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      hits |= passing<kExtras>(view, screen, four[g], columns[g]) << (4 * g);
+      const unsigned mask = passing<kExtras>(view, screen, four[g], columns[g]);
+      if (__any_sync(kAllLanes, mask)) queue.add(mask, four[g], columns[g]);
     }
-    if (!__any_sync(kAllLanes, hits != 0)) continue;
-    // Now a lane per column: lane l of part s takes what lane 8 s + l / 4 of the group compared.
-#pragma unroll 1
-    for (int part = 0; part < 4 * kGroups; ++part) {
-      const int source = part % 4 * 8 + lane_id() / 4, bit = part / 4 * 4 + lane_id() % 4;
-      const bool hit = __shfl_sync(kAllLanes, hits, source) >> bit & 1;
-      if (!__any_sync(kAllLanes, hit)) continue;
-      const int32_t at = start + part * kWarp + lane_id();
-      LaneCandidate candidate = {false, -INFINITY, -INFINITY, tile.first + at};
-      if (hit) {
-        const float sum = sums.sum(product[at], candidate.column);
-        candidate = candidate_at(view, margin, sum, candidate.column);
-      }
+    const bool last = start + kGroups * kGroup >= tile.columns;
+    if (queue.size() < (last ? 1 : kWarp)) continue;
+    queue.drain(last ? 1 : kWarp, [&](const Hit& hit, bool present) {
+      LaneCandidate candidate = {false, -INFINITY, -INFINITY, 0};
+      if (present) candidate = candidate_at(view, margin, hit.sum, hit.column);
       sink.take(candidate);
-    }
+    });
   }
   sink.close(tile.last);
 }

@@ -26,7 +26,7 @@ struct LaneCandidate {
   bool possible;
   float lower;
   float upper;
-  int32_t column;  // first column of the warp + lane
+  int32_t column;  // ascending with the lanes
 };
 
 // One row's list, held by a warp. All lanes agree on every member.
