@@ -253,7 +253,8 @@ def run_emulated(sanitized: bool, seed: int) -> str:
             "SAELENS_CERTIFY_EMULATE_SANITIZED": "1",
         }
     start = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "tests/cuda", "-q", "-p", "no:cacheprovider"]
+    options = ["-q", "-p", "no:cacheprovider", "--maxfail=3", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", "tests/cuda", *options]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )

@@ -100,10 +100,15 @@ def _missing(device: torch.device) -> str:
     if device.type == "cpu":
         return library().reason
     if device.type == "cuda":
-        return cuda_library().reason or architecture_problem(
-            torch.cuda.get_device_capability(device)
-        )
+        return cuda_library().reason or _device_problem(device.index)
     return f"there are no compiled operators for {device.type}"
+
+
+@cache
+def _device_problem(index: int | None) -> str:
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return architecture_problem(torch.cuda.get_device_capability(index))
 
 
 def _load(stem: str, absent: str, part: str) -> Library:
