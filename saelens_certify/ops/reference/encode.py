@@ -222,9 +222,7 @@ def _topk_rows(
 ) -> list[_Best]:
     lists = [_Best(x.shape[0], slots, x.device) for _ in range(1 if pool_bits is None else 2)]
     for tile in encoder.tiles(x, width):
-        columns = torch.arange(
-            tile.start, tile.start + tile.screened.shape[1], device=x.device
-        )
+        columns = torch.arange(tile.start, tile.start + tile.screened.shape[1], device=x.device)
         members = [None] if pool_bits is None else [None, in_pool(pool_bits, columns)]
         possible, lower = tile.possible(), tile.lower()
         upper = tile.screened + tile.margins
