@@ -257,20 +257,23 @@ def adversaries(m: int) -> dict[str, tuple[Tensor, Tensor]]:
     flat = torch.full((m, 8), 0.37)
     slope = (torch.arange(m) / m).unsqueeze(1)
     rising = flat * (1 + slope)
-    near = torch.full((m, 8), 1.0)
-    near[:, 0] += torch.arange(m).flip(0) * 2.0**-23
+    # Differences far below the screening margin: only exact scores can order these.
+    near = torch.full((m, 32), 1.0)
+    near[:, 0] += torch.arange(m) * 2.0**-23
+    order = torch.randperm(m, generator=torch.Generator().manual_seed(0))
     return {
         "flat": (torch.ones(2, 8), flat),
         "rising": (torch.ones(2, 8), rising),
         "falling": (torch.ones(2, 8), flat * (2 - slope)),
         "duplicated": (torch.ones(2, 8), torch.cat([rising[: m // 2], rising[: m // 2]])),
-        # Differences far below the screening margin: only exact scores can order these.
-        "near": (torch.ones(2, 8), near),
+        "near": (torch.ones(2, 32), near.flip(0)),
+        "near, rising": (torch.ones(2, 32), near),
+        "near, in any order": (torch.ones(2, 32), near[order]),
     }
 
 
 @pytest.mark.parametrize("screen", SCREENS)
-@pytest.mark.parametrize("name", ["flat", "rising", "falling", "duplicated", "near"])
+@pytest.mark.parametrize("name", list(adversaries(2)))
 def test_buffers_that_overflow(backend, screen, name):
     m = 1400
     x, W = adversaries(m)[name]
