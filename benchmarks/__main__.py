@@ -35,6 +35,8 @@ def run(
     """
     records: dict[str, Record] = {}
     about = environment(session.device) | {"quick": session.quick}
+    if json_path is not None:
+        write_json(environment_path(json_path), about)
     begin = time.perf_counter()
     with tqdm(rows, unit="row", disable=None if progress else True, smoothing=0) as bar:
         for row in bar:

@@ -15,6 +15,8 @@ Contender = Callable[[int], object]
 # One sample lasts at least this long: shorter calls are repeated inside it.
 _SAMPLE_S = 2e-3
 _MAX_REPEATS = 200
+# A call that takes longer than this is not repeated only to be warm.
+_LONG_S = 0.3
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,9 @@ class _Turn:
         self._repeats = 1
 
     def warm_up(self) -> None:
-        """Call twice, the second time to see how often a sample must repeat the call."""
-        self.sample()
+        """Call once, and if it was short once more, to see how often a sample must repeat it."""
+        if self.sample() > _LONG_S:
+            return
         once = self.sample()
         self._repeats = max(1, min(_MAX_REPEATS, round(_SAMPLE_S / max(once, 1e-9))))
 
@@ -89,7 +92,7 @@ def interleaved(
         budget_s: Stop after this long, once there are enough rounds.
         min_rounds: Rounds to take in any case.
         max_rounds: Rounds to take at most.
-        warm_up: Call each contender twice, uncounted, before the first round.
+        warm_up: Call each contender once or twice, uncounted, before the first round.
 
     Returns:
         Timings by name.

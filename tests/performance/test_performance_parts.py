@@ -19,6 +19,7 @@ from benchmarks.rooflines import Ceilings, Work, with_tf32
 from benchmarks.rows_predictions import pair_chain, token_chain
 from benchmarks.session import Measured, Row, Session
 from benchmarks.shapes import SHAPES
+from benchmarks.table import DOCUMENT, ROOT, table, updated
 from benchmarks.timing import Timing, interleaved
 from saelens_certify import ops
 from saelens_certify.ops._library import library
@@ -211,3 +212,22 @@ def test_only_one_scope_is_kept() -> None:
     session.keep("b", "x", lambda: make("bx"))
     session.keep("a", "x", lambda: make("ax"))
     assert made == ["ax", "bx", "ax"]
+
+
+def test_the_document_shows_the_committed_results() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert text == updated(text, ROOT / "benchmarks"), "run python -m benchmarks.table"
+
+
+def test_tables_show_failures_and_missed_targets() -> None:
+    entry = {"target": 0.5, "better": "lower", "ours_s": 2e-3, "baseline_s": 1.0, "floor_s": None}
+    records = {
+        "K1.a": entry | {"ratio": 0.75, "met": False},
+        "K1.b": entry | {"ratio": None, "met": False, "error": "no"},
+        "K2.a": entry | {"ratio": 0.25, "met": True},
+    }
+    shown = table(records, "K1").splitlines()[2:]
+    assert shown == [
+        "| `K1.a` | 0.75 (missed) | ≤ 0.5 | 2 ms | 1 s |  |",
+        "| `K1.b` | – | ≤ 0.5 | no | | |",
+    ]
