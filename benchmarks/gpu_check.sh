@@ -127,7 +127,7 @@ int main() {
 }
 CU
   "$1" -arch=native -o "$OUT/.race" "$OUT/.race.cu" || return
-  "$2" --tool racecheck --kernel-regex kns=saelens_certify --error-exitcode 99 "$OUT/.race"
+  "$2" --tool racecheck --kernel-name kns=saelens_certify --error-exitcode 99 "$OUT/.race"
   local status=$?
   echo "racecheck on the planted race: status $status, expected 99"
   [[ $status == 99 ]]
@@ -169,7 +169,7 @@ if ((HAVE_GPU)); then
       --error-exitcode 99 "${CALLS[@]}"
     step "racecheck sees a planted race" 40 bash -c 'planted_race "$0" "$1"' "$NVCC" "$SANITIZER"
     step racecheck 90 "$SANITIZER" --tool racecheck --racecheck-report all \
-      --kernel-regex kns=saelens_certify --error-exitcode 99 "${CALLS[@]}"
+      --kernel-name kns=saelens_certify --error-exitcode 99 "${CALLS[@]}"
   else
     leave_out memcheck "compute-sanitizer is neither on PATH nor in the CUDA toolkit"
     leave_out racecheck "compute-sanitizer is neither on PATH nor in the CUDA toolkit"
