@@ -30,8 +30,8 @@ template <bool kCap>
 __device__ void append(const Cap<kCap>& cap, TokenState later, TokenState* state) {
   if (later.base.top > state->base.top) state->base.argmax = later.base.argmax;
   const float top = fmaxf(later.base.top, state->base.top);
-  raise(cap, top, &state->base);
-  raise(cap, top, &later.base);
+  raise<true>(cap, top, &state->base);
+  raise<true>(cap, top, &later.base);
   state->base.sum = __dadd_rn(state->base.sum, later.base.sum);
 }
 
@@ -41,8 +41,8 @@ __device__ void append(const Cap<kCap>& cap, PairState later, PairState* state) 
   if (later.other.top > state->other.top) state->other.argmax = later.other.argmax;
   const float base_top = fmaxf(later.base.top, state->base.top);
   const float other_top = fmaxf(later.other.top, state->other.top);
-  raise(cap, base_top, other_top, state);
-  raise(cap, base_top, other_top, &later);
+  raise<true>(cap, base_top, other_top, state);
+  raise<true>(cap, base_top, other_top, &later);
   state->base.sum = __dadd_rn(state->base.sum, later.base.sum);
   state->other.sum = __dadd_rn(state->other.sum, later.other.sum);
   state->gap = __dadd_rn(state->gap, later.gap);
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const Finish<kPa
   for (int64_t i = lane_id(); i < args.states_per_row; i += kWarp) {
     append(args.cap, args.states[row * args.states_per_row + i], &state);
   }
-  warp_join(args.cap, &state);
+  warp_join<true>(args.cap, &state);
   if (lane_id() != 0) return;
   const double total = log_sum_exp(args.cap, state.base);
   const double logprob = gold_logit(args, row, 0) - total;

@@ -78,36 +78,45 @@ struct Cap {
     if constexpr (kCap) return __dmul_rn(whole, tanh(x / whole));
     return x;
   }
-  // c(x) - c(top), x <= top, for factors of whole sums.
+  // c(x) - c(top), x <= top, for whole sums.
+  template <bool kExact>
   __device__ double gap(float x, float top) const {
-    if (x == top) return 0.0;
-    return exact(static_cast<double>(x)) - exact(static_cast<double>(top));
+    if constexpr (kCap && !kExact) return static_cast<double>(below(top)(x));
+    return __dsub_rn(exact(static_cast<double>(x)), exact(static_cast<double>(top)));
   }
 };
 
 __device__ inline RowState empty_row() { return {-kInfinity, 0, 0.0}; }
 
-// Multiplies a state by exp(gap) and moves its top, gap = c(old top) - c(new top); returns the gap.
-template <bool kCap>
+// exp(gap), gap <= 0. A sum is multiplied by few factors in its segment, where float32 does; what
+// joins segments is exact.
+template <bool kExact>
+__device__ double factor_of(double gap) {
+  if constexpr (kExact) return exp(gap);
+  return static_cast<double>(expf(static_cast<float>(gap)));
+}
+
+// Multiplies a sum by exp(gap) and moves its top, gap = c(old top) - c(new top); returns the gap.
+template <bool kExact, bool kCap>
 __device__ double raise(const Cap<kCap>& cap, float top, RowState* row) {
   if (row->top == -kInfinity || row->top == top) {
     row->top = top;  // the sum is 0 (or NaN), or stays
     return 0.0;
   }
-  const double gap = cap.gap(row->top, top);
-  row->sum = __dmul_rn(row->sum, exp(gap));
+  const double gap = cap.template gap<kExact>(row->top, top);
+  row->sum = __dmul_rn(row->sum, factor_of<kExact>(gap));
   row->top = top;
   return gap;
 }
 
-template <bool kCap>
+template <bool kExact, bool kCap>
 __device__ void raise(const Cap<kCap>& cap, float base_top, float other_top, PairState* state) {
   const double before = state->base.sum;
-  const double base_gap = raise(cap, base_top, &state->base);
-  const double other_gap = raise(cap, other_top, &state->other);
+  const double base_gap = raise<kExact>(cap, base_top, &state->base);
+  const double other_gap = raise<kExact>(cap, other_top, &state->other);
   if (before == 0.0 || fabs(state->gap) == static_cast<double>(kInfinity)) return;
   // The terms gain base_gap - other_gap each; once infinite, the sum stays so.
-  const double factor = base_gap == 0.0 ? 1.0 : exp(base_gap);
+  const double factor = base_gap == 0.0 ? 1.0 : factor_of<kExact>(base_gap);
   state->gap = __dadd_rn(__dmul_rn(state->gap, factor),
                          __dmul_rn(state->base.sum, __dsub_rn(base_gap, other_gap)));
 }
@@ -130,23 +139,23 @@ __device__ inline void warp_top(const RowState& row, float* top, int32_t* argmax
 }
 
 // Joins the states of a warp's lanes; every lane gets the whole.
-template <bool kCap>
+template <bool kExact, bool kCap>
 __device__ void warp_join(const Cap<kCap>& cap, TokenState* state) {
   float top;
   int32_t argmax;
   warp_top(state->base, &top, &argmax);
-  raise(cap, top, &state->base);
+  raise<kExact>(cap, top, &state->base);
   state->base.argmax = argmax;
   state->base.sum = butterfly_sum(state->base.sum);
 }
 
-template <bool kCap>
+template <bool kExact, bool kCap>
 __device__ void warp_join(const Cap<kCap>& cap, PairState* state) {
   float base_top, other_top;
   int32_t base_argmax, other_argmax;
   warp_top(state->base, &base_top, &base_argmax);
   warp_top(state->other, &other_top, &other_argmax);
-  raise(cap, base_top, other_top, state);
+  raise<kExact>(cap, base_top, other_top, state);
   state->base.argmax = base_argmax;
   state->other.argmax = other_argmax;
   state->base.sum = butterfly_sum(state->base.sum);
@@ -241,14 +250,14 @@ class SegmentThread {
       RowState base = state->base, other = state->other;
       find_top(chunk[0], start, &base);
       find_top(chunk[1], start, &other);
-      raise(args_.cap, base.top, other.top, state);
+      raise<false>(args_.cap, base.top, other.top, state);
       state->base.argmax = base.argmax;
       state->other.argmax = other.argmax;
       add_pair(chunk[0], chunk[1], start, state);
     } else {
       RowState row = state->base;
       find_top(chunk[0], start, &row);
-      raise(args_.cap, row.top, &state->base);
+      raise<false>(args_.cap, row.top, &state->base);
       state->base.argmax = row.argmax;
       add_row(chunk[0], start, &state->base);
     }
@@ -371,12 +380,12 @@ __global__ void __launch_bounds__(kSegmentThreads, kPair ? 5 : 8)
     }
   }
 
-  warp_join(args.cap, &state);
+  warp_join<false>(args.cap, &state);
   if (lane_id() == 0) joined[warp_id()] = state;
   __syncthreads();
   if (warp_id() == 0) {
     state = lane_id() < kWarps ? joined[lane_id()] : empty_state<kPair>();
-    warp_join(args.cap, &state);
+    warp_join<false>(args.cap, &state);
     if (lane_id() == 0) args.states[row * args.states_per_row + blockIdx.y] = state;
   }
 }
