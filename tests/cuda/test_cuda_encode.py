@@ -324,6 +324,34 @@ def test_large_k(backend, k, m):
         same_bits(pooled, wanted_pool)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_too_long_for_shared_memory(backend, dtype):
+    case = random_case(11, 2, 4130, 60, dtype)
+    for screen in SCREENS:
+        top, pooled = topk(backend, case, 7, screen)
+        wanted, wanted_pool = on_cpu(case, 7)
+        same_bits(top, wanted)
+        same_bits(pooled, wanted_pool)
+        same_bits(threshold(backend, case, 60, screen).trimmed(), all_on_cpu(case))
+
+
+def test_weights_beyond_2_to_the_31_elements(backend):
+    # Zero pages take no memory; only the last feature of 32,832 has a weight.
+    d_in, d_sae = 1 << 16, (1 << 15) + 64
+    W = torch.zeros(d_sae, d_in)
+    assert W.numel() > 2**31
+    W[-1, -1] = 2
+    x = torch.zeros(1, d_in)
+    x[0, -1] = 1
+    bias = torch.full((d_sae,), -1.0)
+    x, W, bias, norms = backend.to(x, W, bias, W[:, -1].contiguous())
+    parts = backend.ops.topk_encode(
+        *(x, W, bias, None, None, None, norms, None, None, None, 3, 0.01, 0, 64)
+    )
+    codes = ops.SparseCodes(*(part.cpu() for part in parts[:3]))
+    assert oracle.rows(codes) == [[(d_sae - 1, 1.0)]]
+
+
 def test_edge_shapes(backend):
     case = random_case(6, 4, 33, 70)
     empty = replace(case, x=case.x[:0])
