@@ -39,12 +39,17 @@ def to_table(
         columns: Output of `measure`.
 
     Returns:
-        A table with ``sequence``, ``document`` and the measured columns in alphabetical order.
+        A table with ``sequence``, ``document`` and the measured columns in alphabetical order; a
+        column of several numbers per sequence becomes one of fixed-size lists.
     """
     arrays = {"sequence": pa.array(sequence_ids), "document": pa.array(document_ids)}
     for name in sorted(columns):
         values = columns[name]
-        arrays[name] = pa.array(values if values.dtype == np.bool_ else values.astype(np.float64))
+        flat = pa.array(
+            values.ravel() if values.dtype == np.bool_ else values.ravel().astype(np.float64)
+        )
+        several = values.ndim == 2
+        arrays[name] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1]) if several else flat
     return pa.table(arrays)
 
 

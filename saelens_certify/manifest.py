@@ -101,8 +101,10 @@ def build_manifest(
             "n_parameters": sum(p.numel() for p in hf_model.parameters()),
             "suffix_reuse": engine.strategy.suffix,
             "chunked_head": engine.strategy.chunked_head,
+            "fused_head": engine.strategy.fused_head,
             "suffix_difference": engine.strategy.suffix_difference,
             "head_difference": engine.strategy.head_difference,
+            "fused_difference": engine.strategy.fused_difference,
         },
         "sae": {
             "id": sae_id,

@@ -18,12 +18,11 @@ from torch import Tensor
 from saelens_certify import ops
 from saelens_certify.config import CertifyConfig
 from saelens_certify.forward import BasePass, FinalState, ForwardEngine
+from saelens_certify.outputs import Columns, VariantState, output_statistics
 from saelens_certify.pool import Calibration, Pool
 from saelens_certify.positions import coded_positions
 from saelens_certify.proxies import Variant
 from saelens_certify.saes import Codes, Coding, SAEAdapter
-
-Columns = dict[str, NDArray]
 
 # Tokens encoded in one call: enough for an efficient matrix product, few enough for little memory.
 _ENCODED_TOKENS = 2048
@@ -40,6 +39,8 @@ class Subject:
         mean_activations: Calibration means, the baseline of explained variance (rows: all
             positions, without position 0).
         unigram_bits: Loss of each target under the calibration unigram model, float64.
+        error_permutations: Renamings of the features whose squared errors are measured, without
+            running the model on them; int32 or int64.
     """
 
     adapter: SAEAdapter
@@ -47,6 +48,7 @@ class Subject:
     variants: tuple[Variant, ...]
     mean_activations: Float[Tensor, "2 d_out"]
     unigram_bits: Float[Tensor, " d_vocab"]
+    error_permutations: Int[Tensor, "n_permutations d_sae"] | None = None
 
 
 def calibrate(
@@ -114,7 +116,9 @@ def measure(
     Returns:
         For each SAE its evidence columns, one float64 (or bool) value per sequence, in the order of
         ``tokens``. Losses and divergences are means over the L - 1 predicted positions, in bits per
-        token; squared errors are means over coded positions, per token.
+        token; squared errors are means over coded positions, per token. With error permutations
+        also ``mse_error_permutations`` and ``mse_no_first_error_permutations``: one row per
+        sequence, one entry per permutation, equal to the ``mse`` of a variant that decodes with it.
     """
     hooks = sorted(
         {h for s in subjects.values() for h in (s.adapter.input_hook, s.adapter.output_hook)}
@@ -142,7 +146,11 @@ def _measure_batch(
     columns, runs = _encode_batch(subject, x, y, coded.to(adapter.device), config)
     columns["loss_unigram"] = subject.unigram_bits[base.tokens[:, 1:].cpu()].mean(dim=1).numpy()
     finals = _run_suffixes(engine, base, adapter.output_hook, runs, config)
-    columns["loss_base"], outputs = _output_statistics(engine, base, runs, finals, config)
+    variants = [
+        VariantState(run.rows, final, whole_batch=not run.variant.only_violations)
+        for run, final in zip(runs, finals, strict=True)
+    ]
+    columns["loss_base"], outputs = output_statistics(engine, base, variants, config)
     for run, output in zip(runs, outputs, strict=True):
         columns |= _named(run, run.errors | output, columns)
     return columns
@@ -189,6 +197,7 @@ def _encode_group(
         "outside": per_token.mean(outside),
         "l0": per_token.mean(codes.features.counts),
         **_activation_power(y[coded], per_token, subject.mean_activations.to(adapter.device)),
+        **_permuted_errors(subject, codes, y[coded], per_token, config),
     }
     runs = [
         _reconstruct(subject, variant, codes, violation, per_token, y, config)
@@ -241,6 +250,30 @@ def _reconstruct(
     return _Run(variant, rows, patch, errors)
 
 
+def _permuted_errors(
+    subject: Subject,
+    codes: Codes,
+    y: Float[Tensor, "coded d_out"],
+    per_token: _Scatter,
+    config: CertifyConfig,
+) -> Columns:
+    """Squared errors under each error permutation, from the same codes."""
+    if subject.error_permutations is None:
+        return {}
+    errors = subject.adapter.permuted_errors(
+        codes.features, codes.token_scale, subject.error_permutations, y, impl=config.impl
+    )
+    columns = {
+        f"{name}_error_permutations": [per_token.mean(error, first=first) for error in errors]
+        for name, first in (("mse", True), ("mse_no_first", False))
+    }
+    rows = len(per_token.coded)
+    return {
+        name: np.stack(each, axis=1) if each else np.empty((rows, 0))
+        for name, each in columns.items()
+    }
+
+
 def _join(parts: Sequence[_Run]) -> _Run:
     """Join the runs of one variant on consecutive groups of a batch."""
     return _Run(
@@ -274,59 +307,6 @@ def _run_suffixes(
         states.append(FinalState(base.tokens[rows[part]], residual[part], (hook, patches[part])))
         start = part.stop
     return states
-
-
-def _output_statistics(
-    engine: ForwardEngine,
-    base: BasePass,
-    runs: Sequence[_Run],
-    finals: Sequence[FinalState],
-    config: CertifyConfig,
-) -> tuple[NDArray[np.float64], list[Columns]]:
-    """Compare next-token distributions with the model's, a few sequences at a time.
-
-    Returns:
-        The model's own loss per sequence, and for each run its columns over its rows.
-    """
-    n_sequences, length = base.tokens.shape
-    group = max(1, config.logits_mib * 2**20 // (4 * engine.d_vocab * (length - 1)))
-    loss_base = np.empty(n_sequences)
-    outputs: list[Columns] = [
-        {key: np.empty(len(run.rows)) for key in _OUTPUT_COLUMNS} for run in runs
-    ]
-    base_state = FinalState(base.tokens, base.final)
-    for start in range(0, n_sequences, group):
-        stop = min(start + group, n_sequences)
-        base_logits = engine.logits(base_state, slice(start, stop))
-        for run, final, output in zip(runs, finals, outputs, strict=True):
-            first, last = (int((run.rows < edge).sum()) for edge in (start, stop))
-            if first == last:
-                continue
-            mine = slice(first, last)
-            reference = base_logits
-            if last - first < stop - start:
-                local = (run.rows[mine] - start).to(base_logits.device)
-                reference = base_logits.unflatten(0, (-1, length - 1))[local].flatten(0, 1)
-            stats = ops.pair_stats(
-                reference,
-                engine.logits(final, mine),
-                final.tokens[mine, 1:].flatten(),
-                config.alpha,
-                d_vocab=engine.d_vocab,
-                impl=config.impl,
-            )
-            for key, values in zip(
-                _OUTPUT_COLUMNS,
-                (stats.bits, stats.kl, stats.agree, stats.gold_logprob_gap),
-                strict=True,
-            ):
-                output[key][mine] = _sequence_means(values, length - 1)
-            if not run.variant.only_violations:
-                loss_base[start:stop] = _sequence_means(stats.bits_base, length - 1)
-    return loss_base, outputs
-
-
-_OUTPUT_COLUMNS = ("loss", "kl", "top1_agreement", "gold_logprob_gap")
 
 
 def _named(run: _Run, values: Columns, so_far: Columns) -> Columns:
@@ -399,10 +379,6 @@ def _by_width(
 def _encoded_together(x: Float[Tensor, "batch pos d_in"]) -> int:
     """Number of sequences that are encoded in one call."""
     return max(1, _ENCODED_TOKENS // x.shape[1])
-
-
-def _sequence_means(values: Tensor, per_sequence: int) -> NDArray[np.float64]:
-    return values.double().unflatten(0, (-1, per_sequence)).mean(dim=1).cpu().numpy()
 
 
 def _batches(tokens: Int[Tensor, "n pos"], config: CertifyConfig) -> Sequence[Tensor]:

@@ -127,7 +127,10 @@ def _measure_again(
             f"the certificate has {identity['evaluation_sha256'][:12]}…)"
         )
     recorded = certificate.manifest["model"]
-    engine = ForwardEngine(model, Strategy(recorded["suffix_reuse"], recorded["chunked_head"]))
+    strategy = Strategy(
+        recorded["suffix_reuse"], recorded["chunked_head"], recorded.get("fused_head", False)
+    )
+    engine = ForwardEngine(model, strategy)
     adapter = adapt(sae)
     evaluation = evaluation.canonical()
     generator = np.random.default_rng(seed)

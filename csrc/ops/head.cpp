@@ -44,7 +44,9 @@ PairStats head_pair_stats(Tensor base_residual, Tensor residual, Tensor weight, 
   check_real("residual", residual, 2);
   STD_TORCH_CHECK(residual.scalar_type() == base_residual.scalar_type(),
                   "residual differs in type from base_residual");
-  check_size("residual", residual, 0, base_residual.size(0));
+  const int64_t tokens = base_residual.size(0), rows = residual.size(0);
+  STD_TORCH_CHECK(tokens == 0 ? rows == 0 : rows % tokens == 0, "residual has ", rows,
+                  " rows, expected a multiple of the ", tokens, " of base_residual");
   check_size("residual", residual, 1, base_residual.size(1));
   return head_pair_stats_cpu(base_residual, residual, args);
 }

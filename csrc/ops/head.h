@@ -14,7 +14,8 @@ struct HeadArgs {
 };
 
 // As token_stats and pair_stats of the logits; residuals are real [tokens, d_model], of the
-// weight's type.
+// weight's type. `other` may hold several predictions, [variants * tokens, d_model]: each is
+// compared with the base, whose logits are computed once.
 TokenStats head_stats_cpu(const Tensor& residual, const HeadArgs& args);
 PairStats head_pair_stats_cpu(const Tensor& base, const Tensor& other, const HeadArgs& args);
 

@@ -7,12 +7,14 @@ from saelens_certify.forward.engine import (
     Strategy,
     choose_strategy,
 )
+from saelens_certify.forward.head import PlainHead
 from saelens_certify.forward.hooks import check_hook, locate
 
 __all__ = [
     "BasePass",
     "FinalState",
     "ForwardEngine",
+    "PlainHead",
     "Strategy",
     "check_hook",
     "choose_strategy",

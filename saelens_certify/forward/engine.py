@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelens_certify.errors import CertifyError
+from saelens_certify.forward.head import PlainHead, plain_head
 from saelens_certify.forward.hooks import HookSite, check_hook, locate
 from saelens_certify.forward.seams import Hook, seams_of
 
@@ -28,15 +29,22 @@ class Strategy:
             whole hooked forward.
         chunked_head: Whether the final norm and unembedding are applied to chunks of the residual.
             If not, logits come from the model's own forward on a few sequences at a time.
+        fused_head: Whether statistics of predictions are computed from the normalised residual and
+            the head's weights, so that no logits are kept. Only where the head is plain (see
+            `plain_head`) and of float32.
         suffix_difference: Largest difference of logits between the two ways, relative to their
             standard deviation.
         head_difference: The same between the chunked head and the model's own logits.
+        fused_difference: The same between the plain head and the model's own logits; None where
+            there is no plain head.
     """
 
     suffix: bool = True
     chunked_head: bool = True
+    fused_head: bool = False
     suffix_difference: float = 0.0
     head_difference: float = 0.0
+    fused_difference: float | None = None
 
 
 @dataclass(frozen=True)
@@ -234,7 +242,23 @@ class ForwardEngine:
         )
         return _at_most_float32(logits[:, :-1].flatten(0, 1))
 
-    def _head(self, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "tokens V"]:
+    def plain_head(self) -> PlainHead | None:
+        """Return the head to compute statistics with, or None if logits are to be used.
+
+        Asked anew each time, so that what was attached to the unembedding meanwhile takes part.
+        """
+        return plain_head(self.model) if self.strategy.fused_head else None
+
+    @torch.inference_mode()
+    def head_input(
+        self, residual: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "tokens d_model"]:
+        """Apply the final norm to all positions but the last, sequence after sequence."""
+        return self._normalised(residual[:, :-1])[0]
+
+    def _normalised(
+        self, residual: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "1 tokens d_model"]:
         flat = residual.reshape(1, -1, residual.shape[-1])
         final_norm = getattr(self.model, "ln_final", None)
         if (
@@ -242,7 +266,10 @@ class ForwardEngine:
             and getattr(self.model.cfg, "normalization_type", "LN") is not None
         ):
             flat = final_norm(flat)
-        logits = self.model.unembed(flat)[0]
+        return flat
+
+    def _head(self, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "tokens V"]:
+        logits = self.model.unembed(self._normalised(residual))[0]
         cap = getattr(self.model.cfg, "output_logits_soft_cap", None)
         return cap * torch.tanh(logits / cap) if cap is not None and cap > 0 else logits
 
@@ -260,7 +287,7 @@ class ForwardEngine:
 
 
 def choose_strategy(model: Any, tokens: Int[Tensor, "batch pos"], hook: str) -> Strategy:
-    """Compare suffix passes and the chunked head with whole forwards on real tokens.
+    """Compare suffix passes and both forms of the head with whole forwards on real tokens.
 
     The activation at the hook is scaled by 0.9, so that a suffix which ignored its input would be
     seen.
@@ -290,15 +317,23 @@ def choose_strategy(model: Any, tokens: Int[Tensor, "batch pos"], hook: str) -> 
     fast = engine.patched(base, rows, hook, changed)
     everything = slice(0, tokens.shape[0])
     whole = ForwardEngine(model, Strategy(suffix=False, chunked_head=False))
-    expected = whole.logits(whole.patched(base, rows, hook, changed), everything)
-    head_only = engine.logits(whole.patched(base, rows, hook, changed), everything)
+    patched = whole.patched(base, rows, hook, changed)
+    expected = whole.logits(patched, everything)
+    head_only = engine.logits(patched, everything)
     head_difference = _relative_difference(head_only, expected)
+    head = plain_head(model)
+    fused_difference = None
+    if head is not None:
+        fused = head.logits(engine.head_input(patched.residual))
+        fused_difference = _relative_difference(fused, expected)
     suffix_difference = _relative_difference(engine.logits(fast, everything), head_only)
     strategy = Strategy(
         suffix=suffix_difference <= tolerance,
         chunked_head=head_difference <= tolerance,
+        fused_head=fused_difference is not None and fused_difference <= tolerance,
         suffix_difference=suffix_difference,
         head_difference=head_difference,
+        fused_difference=fused_difference,
     )
     if not (strategy.suffix and strategy.chunked_head):
         warnings.warn(

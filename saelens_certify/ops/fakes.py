@@ -131,10 +131,10 @@ def _of_tokens(targets: Tensor) -> tuple[Tensor, ...]:
     return (*double, targets.new_empty(tokens, dtype=torch.int32))
 
 
-def _of_pairs(targets: Tensor) -> tuple[Tensor, ...]:
-    tokens = (targets.shape[0],)
-    bits_base, bits, kl, gap = (targets.new_empty(tokens, dtype=torch.float64) for _ in range(4))
-    return bits_base, bits, kl, targets.new_empty(tokens, dtype=torch.bool), gap
+def _of_pairs(rows: Tensor) -> tuple[Tensor, ...]:
+    size = (rows.shape[0],)
+    bits_base, bits, kl, gap = (rows.new_empty(size, dtype=torch.float64) for _ in range(4))
+    return bits_base, bits, kl, rows.new_empty(size, dtype=torch.bool), gap
 
 
 def _token_stats(
@@ -181,8 +181,8 @@ def _head_pair_stats(
     d_vocab: int,
     column_tile: int,
 ) -> tuple[Tensor, ...]:
-    del base_residual, residual, weight, bias, alpha, softcap, d_vocab, column_tile
-    return _of_pairs(targets)
+    del base_residual, weight, bias, targets, alpha, softcap, d_vocab, column_tile
+    return _of_pairs(residual)
 
 
 _FAKES = {

@@ -5,6 +5,8 @@ The logits are ``residual @ W_U + b_U``; tiles of them exist for a moment, never
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -67,7 +69,7 @@ def head_stats(
 @torch.no_grad()
 def head_pair_stats(
     base_residual: Float[Tensor, "tokens d_model"],
-    residual: Float[Tensor, "tokens d_model"],
+    residual: Float[Tensor, "rows d_model"],
     W_U: Float[Tensor, "d_model d_vocab_out"],
     targets: Int64[Tensor, " tokens"],
     alpha: float,
@@ -80,11 +82,14 @@ def head_pair_stats(
 ) -> PairStats:
     """Return the `pair_stats` of the logits of two residuals.
 
+    Several predictions of the same tokens, one after another in ``residual``, are compared with one
+    base whose logits are computed once.
+
     Args:
         base_residual: What the head is applied to in the base model.
-        residual: The same in the other model, same shape and type.
+        residual: The same in the other model, same type; or in several, ``n * tokens`` rows.
         W_U: Weights of the head, same type, any strides.
-        targets: The gold token of every row.
+        targets: The gold token of every row of the base.
         alpha: Smoothing, 0 <= alpha < 1.
         b_U: Bias of the head.
         softcap: Replace logits by ``softcap * tanh(logits / softcap)``. None or 0: leave them.
@@ -93,12 +98,18 @@ def head_pair_stats(
         column_tile: Columns per tile; changes results by no more than their tolerance.
 
     Returns:
-        Losses as in `head_stats`.
+        Losses as in `head_stats`, one entry per row of ``residual``.
 
     Raises:
         CertifyError: As for `head_stats`.
     """
-    check_shape("residual", residual, tuple(base_residual.shape))
+    tokens = base_residual.shape[0]
+    check_shape("residual", residual, (None, *base_residual.shape[1:]))
+    if residual.shape[0] % tokens if tokens else residual.shape[0]:
+        raise CertifyError(
+            f"residual has {residual.shape[0]} rows, expected a multiple of the {tokens} of "
+            "base_residual: each prediction has one row per token"
+        )
     check_dtype("residual", residual, (base_residual.dtype,))
     check_device("residual", residual, base_residual.device)
     head = _checked(
@@ -107,10 +118,20 @@ def head_pair_stats(
     operator = reference.head_pair_stats
     if use_native(impl, residual.device):
         operator = torch.ops.saelens_certify.head_pair_stats
+        if residual.device.type != "cpu":
+            operator = _one_at_a_time
     stats = PairStats(*operator(base_residual.contiguous(), residual.contiguous(), *head))
     check_predictions("base logits", stats.bits_base)
     check_predictions("logits", stats.bits)
     return stats
+
+
+def _one_at_a_time(base: Tensor, residual: Tensor, *head: Any) -> tuple[Tensor, ...]:
+    """Where the operator takes as many rows as the base has."""
+    operator = torch.ops.saelens_certify.head_pair_stats
+    parts = residual.split(base.shape[0]) if base.shape[0] else (residual,)
+    columns = zip(*(operator(base, part, *head) for part in parts), strict=True)
+    return tuple(torch.cat(column) for column in columns)
 
 
 def _checked(

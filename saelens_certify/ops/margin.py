@@ -33,9 +33,7 @@ NORM_PRODUCT_LIMIT = 2.0**120
 _ROW_CHUNK_BYTES = 1 << 24
 
 
-def gemm_error(
-    d_in: int, device: torch.device, precision: torch.dtype = torch.float32
-) -> float:
+def gemm_error(d_in: int, device: torch.device, precision: torch.dtype = torch.float32) -> float:
     """Relative error of one dot product with float32 accumulation, in the mode now in force.
 
     Full float32 gives ``gamma(d + 8)``. If reduced modes are allowed for this device

@@ -185,6 +185,41 @@ class SAEAdapter:
         x_hat, _ = ops.decode(features, rows, self.decoder_bias, impl=impl)
         return x_hat if token_scale is None else token_scale.undo(x_hat)
 
+    def permuted_errors(
+        self,
+        features: SparseCodes,
+        token_scale: TokenScale | None,
+        permutations: Int[Tensor, "n_permutations d_sae"],
+        target: Float[Tensor, "tokens d_out"],
+        impl: Impl = "auto",
+    ) -> Float[Tensor, "n_permutations tokens"]:
+        """Squared errors of reconstructions from renamed features, without the reconstructions.
+
+        Args:
+            features: `Codes.features`.
+            token_scale: `Codes.token_scale` of the same tokens.
+            permutations: Under each, feature ``j`` is decoded as feature ``permutation[j]``.
+            target: Activations that the reconstructions should equal, float32.
+            impl: Which operators run.
+
+        Returns:
+            ``|target - reconstruction|^2`` in float64.
+        """
+        if token_scale is not None:
+            # In the units of the SAE, where the reconstruction is a plain sum.
+            target = target if token_scale.shift is None else target - token_scale.shift
+            target = target / token_scale.scale
+        stats = ops.decode_permuted_stats(
+            features,
+            self.decoder,
+            permutations.to(self.device),
+            target,
+            self.decoder_bias,
+            impl=impl,
+        )
+        errors = stats[..., 0]
+        return errors if token_scale is None else errors * token_scale.scale[:, 0].double().square()
+
     def reconstruct(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
         """Return what ``sae.forward(x)`` returns, in float32.
 

@@ -15,11 +15,11 @@ N_TOKENS, D_SAE, D_VOCAB = 8192, 16384, 16384
 SCRIPT = """
 import json, resource, sys
 sys.path.insert(0, sys.argv[1])
-kind, impl = sys.argv[2:]
+kind, impl, head = sys.argv[2:]
 import torch
 from engine.builders import hooked_transformer, make_sae
 from saelens_certify import CertifyConfig
-from saelens_certify.forward import ForwardEngine
+from saelens_certify.forward import ForwardEngine, Strategy
 from saelens_certify.measure import Subject, calibrate, measure
 from saelens_certify.proxies import variants_of
 from saelens_certify.saes import adapt
@@ -32,7 +32,7 @@ model = hooked_transformer(d_vocab=16384)
 sae = make_sae(kind, d_sae=16384)
 tokens = torch.randint(2, 16384, (256, 32), generator=torch.Generator().manual_seed(0))
 config = CertifyConfig(batch_tokens=8192, logits_mib=16, permutations=1, impl=impl, progress=False)
-engine = ForwardEngine(model)
+engine = ForwardEngine(model, Strategy(fused_head=head == "fused"))
 if kind == "standard":  # about as sparse as a trained one: 0.3 % of the features
     x = engine.capture(tokens[:1], [sae.cfg.metadata.hook_name])[sae.cfg.metadata.hook_name][0]
     sae.b_enc.data -= sae.encode(x).flatten()[::7].quantile(0.997)
@@ -51,11 +51,17 @@ print(json.dumps({"grown": peak() - before, "l0": float(columns["l0"].mean())}))
 
 
 @pytest.mark.parametrize(
-    ("kind", "impl"), [("topk", "native"), ("standard", "native"), ("topk", "torch")]
+    ("kind", "impl", "head"),
+    [
+        ("topk", "native", "logits"),
+        ("topk", "native", "fused"),
+        ("standard", "native", "fused"),
+        ("topk", "torch", "fused"),
+    ],
 )
-def test_peak_memory_of_a_batch_of_8192_tokens(kind: str, impl: str) -> None:
+def test_peak_memory_of_a_batch_of_8192_tokens(kind: str, impl: str, head: str) -> None:
     out = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(TESTS), kind, impl],
+        [sys.executable, "-c", SCRIPT, str(TESTS), kind, impl, head],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     found = json.loads(out.stdout.splitlines()[-1])

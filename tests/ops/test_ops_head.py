@@ -117,6 +117,21 @@ def test_the_statistics_are_those_of_the_logits(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("tokens", [9, 600])
+def test_several_predictions_against_one_base(impl, tokens):
+    base, other, W, b, targets = case(tokens=tokens, columns=2100)
+    others = [other, base, other.flip(0)]
+    shared = {"b_U": b, "impl": impl}
+    together = ops.head_pair_stats(base, torch.cat(others), W, targets, 0.1, **shared)
+    for v, each in enumerate(others):
+        alone = ops.head_pair_stats(base, each, W, targets, 0.1, **shared)
+        for name, values in vars(together).items():
+            assert torch.equal(values[v * tokens : (v + 1) * tokens], getattr(alone, name)), name
+    none = ops.head_pair_stats(base, other[:0], W, targets, 0.1, **shared)
+    assert none.kl.shape == (0,)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_masked_tokens(impl):
     """A bias of -inf masks; where only the other prediction masked, the divergence is infinite."""
     base, other, W, b, targets = case(columns=5000)
@@ -156,8 +171,9 @@ def test_empty_and_bad_inputs(impl):
         ops.head_stats(base, W, targets, 0.1, d_vocab=4301, impl=impl)
     with pytest.raises(CertifyError, match="column_tile = 0"):
         ops.head_stats(base, W, targets, 0.1, column_tile=0, impl=impl)
-    with pytest.raises(CertifyError, match="residual has shape"):
-        ops.head_pair_stats(base, other[1:], W, targets, 0.1, impl=impl)
+    for rows, residual in ((8, other[1:]), (10, torch.cat([other, other[:1]]))):
+        with pytest.raises(CertifyError, match=f"residual has {rows} rows, expected a multiple"):
+            ops.head_pair_stats(base, residual, W, targets, 0.1, impl=impl)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

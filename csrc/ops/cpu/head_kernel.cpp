@@ -52,23 +52,26 @@ class HeadTile {
     torch::stable::copy_(weight_, part);
   }
 
-  // Logits of some rows of a residual, before the bias, in room number `which`.
+  // Logits of some rows of a residual into room number `which`.
   void multiply(const Tensor& residual, int64_t row, int64_t rows, int which) {
     if (!room_[which].has_value()) {
       room_[which] = empty_tensor({kRowChunk * args_.column_tile}, ScalarType::Float);
     }
     matrix_product(narrowed(residual, 0, row, rows), weight_,
                    reshaped(*room_[which], rows, count_));
+    if (!args_.bias.has_value()) return;
+    float* logits = mutable_data_of<float>(*room_[which]);
+    const float* bias = data_of<float>(args_.bias) + first_;
+    torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t at = begin * count_; at < end * count_; at += count_) {
+        for (int64_t i = 0; i < count_; ++i) logits[at + i] += bias[i];
+      }
+    });
   }
 
-  // The logits of a row, the bias added.
-  const float* finished(int64_t row, int which) const {
-    float* logits = mutable_data_of<float>(*room_[which]) + row * count_;
-    if (args_.bias.has_value()) {
-      const float* bias = data_of<float>(args_.bias) + first_;
-      for (int64_t i = 0; i < count_; ++i) logits[i] += bias[i];
-    }
-    return logits;
+  // The logits of a row.
+  const float* logits(int64_t row, int which) const {
+    return data_of<float>(*room_[which]) + row * count_;
   }
 
   // Calls add(offset, count) for the blocks of a row that the softmax kernels take.
@@ -89,24 +92,16 @@ class HeadTile {
   OptionalTensor widened_, room_[2];
 };
 
-// Calls visit(tile, row, local row) for every row and tile of columns; rows in parallel, tiles in
-// order and outside, so that the weights are read and converted once.
-template <int kResiduals, typename Visit>
-void for_each_tile(const Tensor (&given)[kResiduals], const HeadArgs& args, const Visit& visit) {
-  std::vector<Tensor> residuals;
-  for (const Tensor& residual : given) residuals.push_back(in_float32(residual));
-  const int64_t tokens = residuals[0].size(0), d_vocab = args.prediction.d_vocab;
+// Calls visit(tile, first row, rows) for chunks of rows and tiles of columns; tiles in order and
+// outside, so that the weights are read and converted once.
+template <typename Visit>
+void for_each_tile(const HeadArgs& args, int64_t tokens, const Visit& visit) {
+  const int64_t d_vocab = args.prediction.d_vocab;
   HeadTile tile(args);
   for (int64_t first = 0; tokens > 0 && first < d_vocab; first += args.column_tile) {
     tile.load(first, std::min(args.column_tile, d_vocab - first));
     for (int64_t start = 0; start < tokens; start += kRowChunk) {
-      const int64_t rows = std::min(kRowChunk, tokens - start);
-      for (int which = 0; which < kResiduals; ++which) {
-        tile.multiply(residuals[which], start, rows, which);
-      }
-      torch::stable::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) visit(tile, start + row, row);
-      });
+      visit(tile, start, std::min(kRowChunk, tokens - start));
     }
   }
 }
@@ -119,14 +114,20 @@ TokenStats head_stats_cpu(const Tensor& residual, const HeadArgs& args) {
   const int64_t* target = data_of<int64_t>(prediction.targets);
   std::vector<SoftmaxRow> states(tokens, kEmptyRow);
   std::vector<float> gold(tokens);
-  const Tensor residuals[1] = {residual};
-  for_each_tile(residuals, args, [&](const HeadTile& tile, int64_t row, int64_t local) {
-    const float* logits = tile.finished(local, 0);
-    tile.for_each_block([&](int64_t at, int64_t count) {
-      row_kernels().softmax(logits + at, count, tile.first() + at, prediction.softcap,
-                            &states[row]);
+  const Tensor wide = in_float32(residual);
+  for_each_tile(args, tokens, [&](HeadTile& tile, int64_t start, int64_t rows) {
+    tile.multiply(wide, start, rows, 0);
+    torch::stable::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t local = begin; local < end; ++local) {
+        const int64_t row = start + local;
+        const float* logits = tile.logits(local, 0);
+        tile.for_each_block([&](int64_t at, int64_t count) {
+          row_kernels().softmax(logits + at, count, tile.first() + at, prediction.softcap,
+                                &states[row]);
+        });
+        if (tile.holds(target[row])) gold[row] = logits[target[row] - tile.first()];
+      }
     });
-    if (tile.holds(target[row])) gold[row] = logits[target[row] - tile.first()];
   });
   const TokenResults results(prediction);
   for (int64_t row = 0; row < tokens; ++row) results.write(row, states[row], gold[row]);
@@ -135,25 +136,34 @@ TokenStats head_stats_cpu(const Tensor& residual, const HeadArgs& args) {
 
 PairStats head_pair_stats_cpu(const Tensor& base, const Tensor& other, const HeadArgs& args) {
   const PredictionArgs& prediction = args.prediction;
-  const int64_t tokens = base.size(0);
+  const int64_t tokens = base.size(0), all = other.size(0);
   const int64_t* target = data_of<int64_t>(prediction.targets);
-  std::vector<SoftmaxPair> states(tokens, kEmptyPair);
-  std::vector<float> base_gold(tokens), gold(tokens);
-  const Tensor residuals[2] = {base, other};
-  for_each_tile(residuals, args, [&](const HeadTile& tile, int64_t row, int64_t local) {
-    const float *p = tile.finished(local, 0), *q = tile.finished(local, 1);
-    tile.for_each_block([&](int64_t at, int64_t count) {
-      row_kernels().softmax_pair(p + at, q + at, count, tile.first() + at, prediction.softcap,
-                                 &states[row]);
-    });
-    if (tile.holds(target[row])) {
-      base_gold[row] = p[target[row] - tile.first()];
-      gold[row] = q[target[row] - tile.first()];
+  std::vector<SoftmaxPair> states(all, kEmptyPair);
+  std::vector<float> base_gold(tokens), gold(all);
+  const Tensor wide_base = in_float32(base), wide = in_float32(other);
+  for_each_tile(args, tokens, [&](HeadTile& tile, int64_t start, int64_t rows) {
+    tile.multiply(wide_base, start, rows, 0);
+    for (int64_t variant = 0; variant < all; variant += tokens) {
+      tile.multiply(wide, variant + start, rows, 1);
+      torch::stable::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
+        for (int64_t local = begin; local < end; ++local) {
+          const int64_t token = start + local, row = variant + token;
+          const float *p = tile.logits(local, 0), *q = tile.logits(local, 1);
+          tile.for_each_block([&](int64_t at, int64_t count) {
+            row_kernels().softmax_pair(p + at, q + at, count, tile.first() + at, prediction.softcap,
+                                       &states[row]);
+          });
+          if (tile.holds(target[token])) {
+            base_gold[token] = p[target[token] - tile.first()];
+            gold[row] = q[target[token] - tile.first()];
+          }
+        }
+      });
     }
   });
-  const PairResults results(prediction);
-  for (int64_t row = 0; row < tokens; ++row) {
-    results.write(row, states[row], base_gold[row], gold[row]);
+  const PairResults results(prediction, all);
+  for (int64_t row = 0; row < all; ++row) {
+    results.write(row, states[row], base_gold[row % tokens], gold[row]);
   }
   return results.tensors();
 }

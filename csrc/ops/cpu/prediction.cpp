@@ -30,17 +30,15 @@ double gap_bits(double gold_base, double gold) {
   return gold_base == gold ? 0.0 : std::fabs(gold_base - gold) * kBitsPerNat;
 }
 
-Tensor doubles(const PredictionArgs& args) {
-  return empty_tensor({args.targets.size(0)}, ScalarType::Double);
-}
+Tensor doubles(int64_t rows) { return empty_tensor({rows}, ScalarType::Double); }
 
 }  // namespace
 
 TokenResults::TokenResults(const PredictionArgs& args)
     : args_(args),
-      bits_(doubles(args)),
-      lse_(doubles(args)),
-      gold_(doubles(args)),
+      bits_(doubles(args.targets.size(0))),
+      lse_(doubles(args.targets.size(0))),
+      gold_(doubles(args.targets.size(0))),
       argmax_(empty_tensor({args.targets.size(0)}, ScalarType::Int)) {}
 
 void TokenResults::write(int64_t row, const SoftmaxRow& state, float gold) const {
@@ -52,13 +50,13 @@ void TokenResults::write(int64_t row, const SoftmaxRow& state, float gold) const
   mutable_data_of<int32_t>(argmax_)[row] = state.argmax;
 }
 
-PairResults::PairResults(const PredictionArgs& args)
+PairResults::PairResults(const PredictionArgs& args, int64_t rows)
     : args_(args),
-      bits_base_(doubles(args)),
-      bits_(doubles(args)),
-      kl_(doubles(args)),
-      agree_(empty_tensor({args.targets.size(0)}, ScalarType::Bool)),
-      gap_(doubles(args)) {}
+      bits_base_(doubles(rows)),
+      bits_(doubles(rows)),
+      kl_(doubles(rows)),
+      agree_(empty_tensor({rows}, ScalarType::Bool)),
+      gap_(doubles(rows)) {}
 
 void PairResults::write(int64_t row, const SoftmaxPair& state, float base_gold, float gold) const {
   const double base_total = log_sum_exp(state.base, args_.softcap);

@@ -23,10 +23,10 @@ class TokenResults {
   Tensor bits_, lse_, gold_, argmax_;
 };
 
-// Results of pair_stats.
+// Results of pair_stats of some rows.
 class PairResults {
  public:
-  explicit PairResults(const PredictionArgs& args);
+  PairResults(const PredictionArgs& args, int64_t rows);
   void write(int64_t row, const SoftmaxPair& state, float base_gold, float gold) const;
   PairStats tensors() const { return {bits_base_, bits_, kl_, agree_, gap_}; }
 

@@ -53,7 +53,7 @@ TokenStats token_stats_cpu(const Tensor& logits, Real type, const PredictionArgs
 
 PairStats pair_stats_cpu(const Tensor& base, const Tensor& other, Real type,
                          const PredictionArgs& args) {
-  const PairResults results(args);
+  const PairResults results(args, base.size(0));
   const Logits base_rows(base, type), other_rows(other, type);
   torch::stable::parallel_for(0, base.size(0), 1, [&](int64_t begin, int64_t end) {
     float base_buffer[kSoftmaxBlock], other_buffer[kSoftmaxBlock];

@@ -110,32 +110,40 @@ def head_pair_stats(
     d_vocab: int,
     column_tile: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As pair_stats of the two residuals' logits."""
+    """As pair_stats of the logits; ``residual`` may hold several variants of the base's tokens."""
+    n_tokens = base_residual.shape[0]
     double = {"dtype": torch.float64, "device": residual.device}
     bits_base, bits, kl, gap = (torch.empty(residual.shape[0], **double) for _ in range(4))
     agree = torch.empty(residual.shape[0], dtype=torch.bool, device=residual.device)
-    for start in range(0, residual.shape[0], _ROW_CHUNK):
-        rows = slice(start, start + _ROW_CHUNK)
-        base, other = _Running(targets[rows]), _Running(targets[rows])
-        difference = torch.zeros(targets[rows].shape, **double)
-        pair = (base_residual[rows], residual[rows])
-        for first, [(p_logits, p), (q_logits, q)] in _tiles(
-            pair, weight, bias, softcap, d_vocab, column_tile
+    for start in range(0, n_tokens, _ROW_CHUNK):
+        stop = min(start + _ROW_CHUNK, n_tokens)
+        part = slice(start, stop)
+        base = _Running(targets[part])
+        starts = range(0, residual.shape[0], n_tokens)
+        rows = [slice(variant + start, variant + stop) for variant in starts]
+        others = [_Running(targets[part]) for _ in rows]
+        differences = [torch.zeros(stop - start, **double) for _ in rows]
+        inputs = (base_residual[part], *(residual[each] for each in rows))
+        for first, [(p_logits, p), *rest] in _tiles(
+            inputs, weight, bias, softcap, d_vocab, column_tile
         ):
-            terms = base.add(p_logits, p, first) * (p - q)
-            other.add(q_logits, q, first)
-            # As in pair_stats: what only the other masks makes the divergence infinite.
-            terms = torch.where(q == -torch.inf, torch.inf, terms)
-            terms = torch.where(p == -torch.inf, 0.0, terms)
-            # Once infinite, it stays so, however far earlier tokens fall behind.
-            scaled = torch.where(difference == torch.inf, difference, difference * base.factor)
-            difference = scaled + terms.sum(1)
-        lse_base, lse = base.lse(), other.lse()
-        gold_base, gold = base.gold - lse_base, other.gold - lse
-        bits_base[rows] = smoothed_bits(gold_base, alpha, d_vocab)
-        bits[rows] = smoothed_bits(gold, alpha, d_vocab)
-        nats = difference / base.sum - (lse_base - lse)
-        kl[rows] = (nats / math.log(2)).clamp(min=0)
-        agree[rows] = base.argmax == other.argmax
-        gap[rows] = gap_bits(gold_base, gold)
+            weights = base.add(p_logits, p, first)
+            for v, (q_logits, q) in enumerate(rest):
+                others[v].add(q_logits, q, first)
+                # As in pair_stats: what only the other masks makes the divergence infinite.
+                terms = torch.where(q == -torch.inf, torch.inf, weights * (p - q))
+                terms = torch.where(p == -torch.inf, 0.0, terms).sum(1)
+                # Once infinite, it stays so, however far earlier tokens fall behind.
+                before = differences[v]
+                scaled = torch.where(before == torch.inf, before, before * base.factor)
+                differences[v] = scaled + terms
+        for each, other, difference in zip(rows, others, differences, strict=True):
+            lse_base, lse = base.lse(), other.lse()
+            gold_base, gold = base.gold - lse_base, other.gold - lse
+            bits_base[each] = smoothed_bits(gold_base, alpha, d_vocab)
+            bits[each] = smoothed_bits(gold, alpha, d_vocab)
+            nats = difference / base.sum - (lse_base - lse)
+            kl[each] = (nats / math.log(2)).clamp(min=0)
+            agree[each] = base.argmax == other.argmax
+            gap[each] = gap_bits(gold_base, gold)
     return bits_base, bits, kl, agree, gap
