@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -336,9 +337,9 @@ def test_rows_too_long_for_shared_memory(backend, dtype):
 
 
 def test_weights_beyond_2_to_the_31_elements(backend):
-    # Zero pages take no memory; only the last feature of 32,832 has a weight.
+    # NumPy's zeros take no memory until they are written; only the last feature has a weight.
     d_in, d_sae = 1 << 16, (1 << 15) + 64
-    W = torch.zeros(d_sae, d_in)
+    W = torch.from_numpy(np.zeros((d_sae, d_in), np.float32))
     assert W.numel() > 2**31
     W[-1, -1] = 2
     x = torch.zeros(1, d_in)
