@@ -236,6 +236,20 @@ def test_results_do_not_depend_on_the_order_of_threads(backend, monkeypatch):
         check_pool(backend, codes, torch.arange(80) % 3 == 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d_out", [1024, 1023])
+def test_every_16_bit_number_is_read_right(backend, dtype, d_out):
+    rows = -(-65536 // d_out)
+    W = (torch.arange(rows * d_out) % 65536 - 32768).to(torch.int16).view(dtype).view(rows, d_out)
+    indices = torch.arange(rows, dtype=torch.int32).unsqueeze(1)
+    count = torch.ones(rows, dtype=torch.int32)
+    there = backend.to(torch.ones(rows, 1), indices, count, W)
+    got, wanted = backend.ops.decode(*there, None).cpu(), W.float()
+    # Zero plus -0.0 is 0.0.
+    assert torch.equal(got.isnan(), wanted.isnan())
+    assert same(got.nan_to_num(7.0), wanted.nan_to_num(7.0) + 0.0)
+
+
 def test_decode_of_infinite_and_tiny_numbers(backend):
     codes = ops.SparseCodes(
         torch.tensor([[3e38, 3e38, 1e-40, -1e-45, 1.0, 2.0]]),

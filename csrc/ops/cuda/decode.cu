@@ -70,7 +70,7 @@ void decode_into(const Checked& args, const OptionalTensor& x_hat, const Optiona
     gather.features = args.weight.size(0);
     gather.d_out = args.d_out();
 
-    constexpr int64_t kCount = Vector16<T>::kCount;
+    constexpr int64_t kCount = kPerVector<T>;
     const bool aligned = gather.d_out % kCount == 0 && aligned16(gather.weight) &&
                          aligned16(gather.bias) && aligned16(gather.target) &&
                          aligned16(gather.x_hat);

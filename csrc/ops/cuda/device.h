@@ -207,31 +207,9 @@ __host__ __device__ inline Float16 to_float16(float x) {
 #endif
 }
 
-// kCount consecutive numbers that lie in 16 bytes, converted to float32.
+// Numbers in 16 bytes, the most that one load can fetch.
 template <typename T>
-struct Vector16 {
-  static constexpr int kCount = 16 / sizeof(T);
-  float value[kCount];
-};
-
-template <typename T>
-__device__ inline Vector16<T> load16(const T* from) {
-  Vector16<T> result;
-  if constexpr (sizeof(T) == 4) {
-    const float4 raw = *reinterpret_cast<const float4*>(from);
-    result.value[0] = raw.x, result.value[1] = raw.y;
-    result.value[2] = raw.z, result.value[3] = raw.w;
-  } else {
-    const uint4 raw = *reinterpret_cast<const uint4*>(from);
-    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      result.value[2 * i] = to_float(T{static_cast<uint16_t>(words[i] & 0xffffu)});
-      result.value[2 * i + 1] = to_float(T{static_cast<uint16_t>(words[i] >> 16)});
-    }
-  }
-  return result;
-}
+constexpr int kPerVector = 16 / sizeof(T);
 
 inline bool aligned16(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;

@@ -30,7 +30,7 @@ struct Gather {
 // A thread's columns of one tile: kCount neighbours, or (kVector false) every blockDim.x-th.
 template <typename T, bool kVector>
 struct Columns {
-  static constexpr int kCount = Vector16<T>::kCount;
+  static constexpr int kCount = kPerVector<T>;
   // Rows of weights under way at a time: 32 or 16 registers.
   static constexpr int kDepth = kVector ? 8 : 16 / kCount;
 

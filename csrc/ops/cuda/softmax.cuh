@@ -181,7 +181,7 @@ struct Segments {
 // 16 logits in vectors of 16 bytes, as they lie in memory.
 template <typename T>
 struct Chunk {
-  static constexpr int kCount = Vector16<T>::kCount;
+  static constexpr int kCount = kPerVector<T>;
   static constexpr int kDepth = 16 / kCount;
   uint4 bits[kDepth];
 
@@ -197,10 +197,12 @@ struct Chunk {
       if (vectors && first + kCount <= end) {
         bits[v] = __ldcs(reinterpret_cast<const uint4*>(from + first));
       } else {
+        // Rows of an odd number of logits; the loads of one vector share its cache line.
+        const bool whole = first + kCount <= end;
         uint32_t words[4] = {};
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-          if (first + i < end) set(words, i, from[first + i]);
+          if (whole || first + i < end) set(words, i, from[first + i]);
         }
         bits[v] = make_uint4(words[0], words[1], words[2], words[3]);
       }
