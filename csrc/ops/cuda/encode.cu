@@ -22,7 +22,7 @@ constexpr int64_t kMostColumns = 16384;
 // Limits of the other buffers of a chunk.
 constexpr int64_t kListBytes = int64_t{24} << 20;
 constexpr int64_t kRowBytes = int64_t{16} << 20;
-constexpr int64_t kOutlierBytes = int64_t{8} << 20;
+constexpr int64_t kOutlierBytes = int64_t{4} << 20;
 constexpr int kGatherThreads = 256;
 
 int64_t rounded_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }

@@ -102,11 +102,18 @@ class RowSums {
 struct Screen {
   float slack;
   float gate_slack;
-  float floor;
+  float floor;        // for columns of the pool
+  float other_floor;  // for all others, where there is a pool
 };
 
-// Of four columns, those that may be active and reach the floor.
-template <bool kExtras>
+// The pool's bits of four columns.
+__device__ inline unsigned members(const EncodeView& view, int32_t column) {
+  return static_cast<uint32_t>(view.pool_bits[column >> 5]) >> (column & 31) & 15;
+}
+
+// Of four columns, those that may be active and reach their floor. The first one is a multiple
+// of 4.
+template <bool kExtras, bool kPool>
 __device__ inline unsigned passing(const EncodeView& view, const Screen& screen, float4 sums,
                                    int32_t column) {
   const auto d_sae = static_cast<int32_t>(view.d_sae);
@@ -133,10 +140,13 @@ __device__ inline unsigned passing(const EncodeView& view, const Screen& screen,
       open[3] = sums.w + gate.w + screen.gate_slack > 0;
     }
   }
+  const unsigned pool = kPool ? members(view, column) : 15;
   unsigned mask = 0;
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
-    mask |= (open[c] && score[c] + screen.slack >= limit[c] ? 1u : 0u) << c;
+    const float upper = score[c] + screen.slack;
+    const bool reaches = upper >= limit[c] && (pool >> c & 1 || upper >= screen.other_floor);
+    mask |= (open[c] && reaches ? 1u : 0u) << c;
   }
   return mask;
 }
@@ -227,7 +237,7 @@ __global__ void __launch_bounds__(kFilterThreads, 4)
   HitQueue queue(hits[warp_id()]);
   const RowMargin margin = tile.margins[row];
   const RowSums sums(tile, row);
-  Screen screen = {slack_of(margin, tile.most->score), 0.0f, 0.0f};
+  Screen screen = {slack_of(margin, tile.most->score), 0.0f, 0.0f, 0.0f};
   if (kExtras) screen.gate_slack = slack_of(margin, tile.most->gate);
   const float* product = tile.product + row * tile.stride;
 
@@ -244,9 +254,10 @@ __global__ void __launch_bounds__(kFilterThreads, 4)
     }
     sums.sum(four, columns);
     screen.floor = sink.floor();
+    screen.other_floor = sink.other_floor();
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      const unsigned mask = passing<kExtras>(view, screen, four[g], columns[g]);
+      const unsigned mask = passing<kExtras, Sink::kPool>(view, screen, four[g], columns[g]);
       if (__any_sync(kAllLanes, mask)) queue.add(mask, four[g], columns[g]);
     }
     const bool last = start + kGroups * kGroup >= tile.columns;
@@ -269,9 +280,10 @@ struct TopLists {
   int k;
 };
 
-template <bool kPool>
+template <bool kHasPool>
 class TopSink {
  public:
+  static constexpr bool kPool = kHasPool;
   using Lists = TopLists;
 
   __device__ TopSink(const EncodeView& view, const TopLists& lists, int64_t row, int64_t first_row)
@@ -283,12 +295,13 @@ class TopSink {
   __device__ float floor() const {
     return kPool ? fminf(all_.floor(), pool_.floor()) : all_.floor();
   }
+  __device__ float other_floor() const { return all_.floor(); }
 
   __device__ void take(LaneCandidate candidate) {
     const auto exact = [this](int32_t j) { return active_score<4>(view_, x_, j); };
     all_.add(candidate, exact);
     if (kPool) {
-      candidate.possible = candidate.possible && pool_has(candidate.column);
+      candidate.possible = candidate.possible && (members(view_, candidate.column) & 1);
       pool_.add(candidate, exact);
     }
   }
@@ -299,10 +312,6 @@ class TopSink {
   }
 
  private:
-  __device__ bool pool_has(int32_t column) const {
-    return static_cast<uint32_t>(view_.pool_bits[column >> 5]) >> (column & 31) & 1;
-  }
-
   const EncodeView& view_;
   const float* x_;
   WarpList all_;
@@ -325,6 +334,7 @@ struct ThresholdLists {
 // Writes the active columns of a row in ascending order.
 class ThresholdSink {
  public:
+  static constexpr bool kPool = false;
   using Lists = ThresholdLists;
 
   __device__ ThresholdSink(const EncodeView& view, const ThresholdLists& lists, int64_t row,
@@ -339,6 +349,7 @@ class ThresholdSink {
         found_(state_->y) {}
 
   __device__ float floor() const { return -INFINITY; }
+  __device__ float other_floor() const { return -INFINITY; }
 
   __device__ void take(const LaneCandidate& candidate) {
     const unsigned lanes = __ballot_sync(kAllLanes, candidate.possible);
