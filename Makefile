@@ -10,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BUILD_TOOLS := "setuptools>=77" wheel packaging ninja "pybind11>=2.13"
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml build_support/cuda_toolkit.py $(shell find csrc -type f)
 
 .PHONY: demo test test-isa cuda-check arm-check smollm2 lint clean
 
@@ -20,13 +20,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
 
-# `make test` uses the best instruction set that the machine has; these are the lower ones, and the C++
-# tests under each.
+# `make test` uses the best instruction set that the machine has; these are the lower ones, for the
+# compiled operators, and the C++ tests under each.
 test-isa: $(VENV)/.installed-dev $(VENV)/.cmake
-	for isa in scalar avx2; do \
-	  echo "SAELENS_CERTIFY_ISA=$$isa" && \
-	  SAELENS_CERTIFY_ISA=$$isa $(BIN)/python -m pytest tests/ops -q || exit 1; \
-	done
+	printf '%s\n' scalar avx2 | xargs -P 2 -I ISA env SAELENS_CERTIFY_ISA=ISA \
+	  $(BIN)/python -m pytest tests/ops -q -p no:cacheprovider -k "not torch"
 	$(BIN)/cmake -S . -B build/cpp-tests -G Ninja -DWITH_TORCH=OFF \
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python
 	$(BIN)/cmake --build build/cpp-tests
@@ -59,9 +57,10 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(PIP) --no-build-isolation --editable .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+# Not on top of .installed, which would compile everything twice.
+$(VENV)/.installed-dev: $(VENV)/.torch $(SOURCES)
 	$(PIP) --no-build-isolation --editable ".[dev]"
-	touch $@
+	touch $(VENV)/.installed $@
 
 $(VENV)/.cmake: $(VENV)/.torch
 	$(PIP) "cmake>=3.18"
