@@ -14,6 +14,7 @@ from benchmarks.random_models import ModelShape, random_model, random_sae, rando
 from benchmarks.reference_protocol import (
     PUBLISHED_BATCH,
     ReferenceEvidence,
+    keep_topk,
     reference_calibrate,
     reference_evaluate,
 )
@@ -174,3 +175,13 @@ def run_reference(
     sae, pool = bench.sae(layer), task.pools[layer].mask
     counts = reference_calibrate(bench.model, sae, task.calibration, K, batch)
     return counts, reference_evaluate(bench.model, sae, pool, task.evaluation, K, batch)
+
+
+@torch.inference_mode()
+def permuted_errors(bench: Bench, layer: int, permutation: Tensor, tokens: Tensor) -> Tensor:
+    """Mean squared error of each sequence when feature j is decoded as ``permutation[j]``."""
+    sae, hook = bench.sae(layer), bench.hook(layer)
+    _, cache = bench.model.run_with_cache(tokens, names_filter=[hook], return_type=None)
+    selected = keep_topk(sae.encode(cache[hook]), K)
+    shuffled = torch.zeros_like(selected).index_copy_(-1, permutation.long(), selected)
+    return (cache[hook] - sae.decode(shuffled)).double().square().sum(dim=-1).mean(dim=-1)

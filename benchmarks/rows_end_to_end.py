@@ -19,6 +19,7 @@ from benchmarks.end_to_end import (
     Bench,
     K,
     Task,
+    permuted_errors,
     run_ours,
     run_reference,
     settings,
@@ -198,10 +199,13 @@ def _permutations(
     sae, adapter = bench.sae(layer), bench.adapter(layer)
     config = settings() if errors_only else settings(permutations=n)
     calibrated = calibrate(bench.engine, {"sae": adapter}, evaluation, config)["sae"]
-    more = {"error_permutations": n} if errors_only else {}
+    permutations = torch.stack(
+        [feature_permutation(adapter.d_sae, config.seed, r) for r in range(n)]
+    )
+    more = {"error_permutations": permutations} if errors_only else {}
     subject = subject_of(adapter, calibrated, pool, config, **more)
     few = 2 if errors_only else 4
-    some = torch.stack([feature_permutation(adapter.d_sae, config.seed, r) for r in range(few)])
+    some = permutations[:few]
 
     def ours(_: int) -> Columns:
         return measure(bench.engine, {"sae": subject}, evaluation, config)["sae"]
@@ -215,7 +219,15 @@ def _permutations(
     def nothing(_: int) -> Tensor:
         return reference_permuted_losses(bench.model, sae, some[:1], evaluation, K)
 
-    if not errors_only:
+    if errors_only:
+        found = torch.from_numpy(ours(0)["mse_error_permutations"][:, 0])
+        check(
+            "errors of a permutation",
+            found,
+            permuted_errors(bench, layer, some[0], evaluation),
+            1e-4,
+        )
+    else:
         found = torch.from_numpy(ours(0)["loss_permuted_0"])
         check("losses of a permutation", found, nothing(0)[0], 1e-3)
     timings = session.time(
