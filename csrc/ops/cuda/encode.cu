@@ -74,6 +74,8 @@ EncodeArgs within_memory(EncodeArgs args, int64_t list_bytes) {
   if (args.screen_weight.has_value() && args.d_in() > 0) {
     rows = std::min(rows, kRowBytes / (2 * args.d_in()));
   }
+  // Matrix products like whole blocks of rows.
+  if (rows > kGroup && rows < args.tokens()) rows = rows / kGroup * kGroup;
   args.row_chunk = std::max<int64_t>(1, rows);
   int64_t columns = args.column_tile;
   if (columns == 0) {
