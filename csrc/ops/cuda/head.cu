@@ -68,9 +68,11 @@ auto head_stats_of(const std::array<Tensor, kResiduals>& residuals, const Head& 
   for (OptionalTensor& room : rooms) {
     room = empty_tensor({row_chunk * head.column_tile}, ScalarType::Float, residuals[0]);
   }
-  return with_cap(prediction, [&](auto capped) {
+  // Fills the states of all rows and columns.
+  const auto fill = [&](auto capped, auto biased) {
+    constexpr bool kBias = decltype(biased)::value;
     constexpr bool kCap = decltype(capped)::value;
-    Segments<float, kPair, kCap> segments = {};
+    Segments<float, kPair, kCap, kBias> segments = {};
     segments.states_per_row = states.per_row();
     segments.cap = cap_of<kCap>(prediction);
     for (int64_t start = 0; start < tokens; start += row_chunk) {
@@ -86,7 +88,7 @@ auto head_stats_of(const std::array<Tensor, kResiduals>& residuals, const Head& 
                                  reshaped(*rooms[which], rows, count));
           segments.logits[which] = data_of<float>(rooms[which]);
         }
-        segments.bias = head.bias.has_value() ? data_of<float>(head.bias) + first : nullptr;
+        if (kBias) segments.bias = data_of<float>(head.bias) + first;
         segments.stride = count;
         segments.first_column = first;
         segments.columns = count;
@@ -94,7 +96,10 @@ auto head_stats_of(const std::array<Tensor, kResiduals>& residuals, const Head& 
         segments.states += segments_of(count);
       }
     }
-    return finish<kPair, kCap>(prediction, states, device.stream());
+  };
+  return with_choice(prediction.softcap != 0, [&](auto capped) {
+    with_choice(head.bias.has_value(), [&](auto biased) { fill(capped, biased); });
+    return finish<kPair, decltype(capped)::value>(prediction, states, device.stream());
   });
 }
 

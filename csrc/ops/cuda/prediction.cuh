@@ -39,10 +39,10 @@ Cap<kCap> cap_of(const PredictionArgs& args) {
   return {args.softcap, static_cast<float>(args.softcap), static_cast<float>(1.0 / args.softcap)};
 }
 
-// Calls f(std::bool_constant<softcap != 0>).
+// Calls f(std::bool_constant<choice>).
 template <typename F>
-auto with_cap(const PredictionArgs& args, F&& f) {
-  return args.softcap == 0 ? f(std::false_type()) : f(std::true_type());
+auto with_choice(bool choice, F&& f) {
+  return choice ? f(std::true_type()) : f(std::false_type());
 }
 
 inline int64_t segments_of(int64_t columns) {
@@ -73,9 +73,9 @@ class States {
 };
 
 // Blocks of a row run next to each other in time, rows in launches of what a grid takes.
-template <typename T, bool kPair, bool kCap>
-void launch_segments(const Segments<T, kPair, kCap>& args, int64_t rows, Stream stream) {
-  launch(segment_kernel<T, kPair, kCap>,
+template <typename T, bool kPair, bool kCap, bool kBias>
+void launch_segments(const Segments<T, kPair, kCap, kBias>& args, int64_t rows, Stream stream) {
+  launch(segment_kernel<T, kPair, kCap, kBias>,
          dim3(grid_size_of(rows), grid_size_of(segments_of(args.columns))), kSegmentThreads, 0,
          stream, args);
 }

@@ -165,10 +165,10 @@ __device__ void warp_join(const Cap<kCap>& cap, PairState* state) {
 
 // What the blocks of one launch read and write: columns [first_column, first_column + columns) of
 // some rows, which lie in `logits` from element 0 of each row on.
-template <typename T, bool kPair, bool kCap>
+template <typename T, bool kPair, bool kCap, bool kBias>
 struct Segments {
   const T* logits[kPair ? 2 : 1];
-  const float* bias;       // of these columns, or null
+  const float* bias;       // of these columns; null without kBias
   const int64_t* targets;  // of these rows
   int64_t stride;          // elements from row to row
   int64_t first_column, columns;
@@ -178,12 +178,16 @@ struct Segments {
   Cap<kCap> cap;
 };
 
-// 16 logits in vectors of 16 bytes, as they lie in memory.
+// 16 logits in vectors of 16 bytes, as they lie in memory; -inf beyond the last.
 template <typename T>
 struct Chunk {
   static constexpr int kCount = kPerVector<T>;
   static constexpr int kDepth = 16 / kCount;
   uint4 bits[kDepth];
+
+  static constexpr uint32_t kMasked = sizeof(T) == 4                ? 0xff800000u
+                                      : std::is_same_v<T, BFloat16> ? 0xff80ff80u
+                                                                    : 0xfc00fc00u;
 
   // Column of a number, relative to the first of the segment.
   __device__ static int column(int start, int v, int i) {
@@ -199,13 +203,31 @@ struct Chunk {
       } else {
         // Rows of an odd number of logits; the loads of one vector share its cache line.
         const bool whole = first + kCount <= end;
-        uint32_t words[4] = {};
+        uint32_t words[4] = {kMasked, kMasked, kMasked, kMasked};
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
           if (whole || first + i < end) set(words, i, from[first + i]);
         }
         bits[v] = make_uint4(words[0], words[1], words[2], words[3]);
       }
+    }
+  }
+
+  // Adds a number to each logit.
+  __device__ void add(const float* bias, int start, int end) {
+    static_assert(sizeof(T) == 4);
+#pragma unroll
+    for (int v = 0; v < kDepth; ++v) {
+      const int first = column(start, v, 0);
+      float sums[kCount];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        // What lies beyond the last column gets that one's bias, and stays -inf unless the bias is
+        // infinite, which spoils the row anyway.
+        sums[i] = __fadd_rn(get(v, i), bias[min(first + i, end - 1)]);
+      }
+      bits[v] = make_uint4(__float_as_uint(sums[0]), __float_as_uint(sums[1]),
+                           __float_as_uint(sums[2]), __float_as_uint(sums[3]));
     }
   }
 
@@ -220,20 +242,19 @@ struct Chunk {
 
  private:
   __device__ static void set(uint32_t* words, int i, float x) { words[i] = __float_as_uint(x); }
-  __device__ static void set(uint32_t* words, int i, BFloat16 x) {
-    words[i / 2] |= static_cast<uint32_t>(x.bits) << (i % 2 * 16);
-  }
-  __device__ static void set(uint32_t* words, int i, Float16 x) {
-    words[i / 2] |= static_cast<uint32_t>(x.bits) << (i % 2 * 16);
+  template <typename Half>
+  __device__ static void set(uint32_t* words, int i, Half x) {
+    const uint32_t shift = i % 2 * 16;
+    words[i / 2] = (words[i / 2] & ~(0xffffu << shift)) | static_cast<uint32_t>(x.bits) << shift;
   }
 };
 
-template <typename T, bool kPair, bool kCap>
+template <typename T, bool kPair, bool kCap, bool kBias>
 class SegmentThread {
  public:
   static constexpr int kCount = Chunk<T>::kCount;
 
-  __device__ SegmentThread(const Segments<T, kPair, kCap>& args, int64_t row, int64_t first)
+  __device__ SegmentThread(const Segments<T, kPair, kCap, kBias>& args, int64_t row, int64_t first)
       : args_(args), first_(first) {
     const int64_t rest = args.columns - first;
     end_ = static_cast<int>(rest < kSegmentColumns ? rest : kSegmentColumns);
@@ -247,7 +268,10 @@ class SegmentThread {
   __device__ void add(int start, State<kPair>* state) {
     Chunk<T> chunk[kPair ? 2 : 1];
 #pragma unroll
-    for (int r = 0; r < (kPair ? 2 : 1); ++r) chunk[r].read(from_[r], start, end_, vectors_[r]);
+    for (int r = 0; r < (kPair ? 2 : 1); ++r) {
+      chunk[r].read(from_[r], start, end_, vectors_[r]);
+      if constexpr (kBias) chunk[r].add(args_.bias + first_, start, end_);
+    }
     if constexpr (kPair) {
       RowState base = state->base, other = state->other;
       find_top(chunk[0], start, &base);
@@ -266,13 +290,10 @@ class SegmentThread {
   }
 
  private:
-  // A logit, or -inf where there is none.
+  // A logit, or -inf where there is none (as Chunk left it; but a cap would change that).
   __device__ float logit(const Chunk<T>& chunk, int start, int v, int i) const {
-    const int column = Chunk<T>::column(start, v, i);
-    if (column >= end_) return -kInfinity;
-    float x = chunk.get(v, i);
-    if (args_.bias != nullptr) x = __fadd_rn(x, __ldg(args_.bias + first_ + column));
-    return args_.cap.prepared(x);
+    if (kCap && Chunk<T>::column(start, v, i) >= end_) return -kInfinity;
+    return args_.cap.prepared(chunk.get(v, i));
   }
 
   __device__ void find_top(const Chunk<T>& chunk, int start, RowState* row) const {
@@ -341,7 +362,7 @@ class SegmentThread {
     }
   }
 
-  const Segments<T, kPair, kCap>& args_;
+  const Segments<T, kPair, kCap, kBias>& args_;
   const int64_t first_;
   const T* from_[kPair ? 2 : 1];
   bool vectors_[kPair ? 2 : 1];
@@ -358,13 +379,13 @@ __device__ State<kPair> empty_state() {
 }
 
 // Grid: rows x segments.
-template <typename T, bool kPair, bool kCap>
+template <typename T, bool kPair, bool kCap, bool kBias>
 __global__ void __launch_bounds__(kSegmentThreads, kPair ? 5 : 8)
-    segment_kernel(const Segments<T, kPair, kCap> args) {
+    segment_kernel(const Segments<T, kPair, kCap, kBias> args) {
   constexpr int kWarps = kSegmentThreads / kWarp;
   __shared__ State<kPair> joined[kWarps];
   const int64_t row = blockIdx.x, first = int64_t{blockIdx.y} * kSegmentColumns;
-  SegmentThread<T, kPair, kCap> thread(args, row, first);
+  SegmentThread<T, kPair, kCap, kBias> thread(args, row, first);
   State<kPair> state = empty_state<kPair>();
   constexpr int kStep = 16 * kSegmentThreads;
   const int64_t rest = args.columns - first;
@@ -376,7 +397,7 @@ __global__ void __launch_bounds__(kSegmentThreads, kPair ? 5 : 8)
     if (target >= 0 && target < end) {
       for (int r = 0; r < (kPair ? 2 : 1); ++r) {
         float x = to_float(args.logits[r][row * args.stride + first + target]);
-        if (args.bias != nullptr) x = __fadd_rn(x, args.bias[first + target]);
+        if (kBias) x = __fadd_rn(x, args.bias[first + target]);
         args.gold[row * (kPair ? 2 : 1) + r] = x;
       }
     }

@@ -11,11 +11,11 @@ auto stats_of(const Tensor& base, const Tensor* other, Real type, const Predicti
   const DeviceScope device(base);
   const int64_t rows = base.size(0);
   const States<kPair> states(rows, segments_of(args.d_vocab), base);
-  return with_cap(args, [&](auto capped) {
+  return with_choice(args.softcap != 0, [&](auto capped) {
     constexpr bool kCap = decltype(capped)::value;
     with_type(type, [&](auto* typed) {
       using T = std::remove_cv_t<std::remove_pointer_t<decltype(typed)>>;
-      Segments<T, kPair, kCap> segments = {};
+      Segments<T, kPair, kCap, false> segments = {};
       segments.logits[0] = data_of<T>(base);
       if constexpr (kPair) segments.logits[1] = data_of<T>(*other);
       segments.targets = data_of<int64_t>(args.targets);
