@@ -55,8 +55,9 @@ def gemm_error(d_in: int, device: torch.device, precision: torch.dtype = torch.f
         backend = backends.cuda if device.type == "cuda" else backends.mkldnn
         operand = _OPERAND_ERROR.get(backend.matmul.fp32_precision, 0.0)
     full = precision == torch.float32 and operand == 0.0
-    # Tensor cores and AMX may cut instead of round when they add: up to 2u per addition.
-    steps = (d_in + 8) * (UNIT_ROUNDOFF if full else 2 * UNIT_ROUNDOFF)
+    # Tensor cores and AMX may cut instead of round when they add, and add blocks of products aligned to
+    # the largest: up to 3u per product.
+    steps = (d_in + 8) * UNIT_ROUNDOFF if full else (d_in + 16) * 3 * UNIT_ROUNDOFF
     if steps >= 0.5:
         raise CertifyError(f"d_in = {d_in} is too long for float32 screening")
     return (1 + operand) ** 2 * (1 + steps / (1 - steps)) - 1

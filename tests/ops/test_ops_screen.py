@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import ops_oracle as oracle
 import pytest
 import torch
@@ -169,10 +170,15 @@ def test_unusable_screens_are_named():
         ops.topk_encode(x, W, bias, k=2, mode="fast")  # pyright: ignore[reportArgumentType]
 
 
+def zero_pages(shape: tuple[int, int], dtype: type) -> torch.Tensor:
+    """Zeros that take memory only where they are written: torch's own are written at once."""
+    return torch.from_numpy(np.zeros(shape, dtype))
+
+
 def test_weights_beyond_2_to_the_31_elements():
-    # Zero pages take no memory; only the last feature of 32,832 has a weight.
+    # Only the last feature of 32,832 has a weight.
     d_in, d_sae = 1 << 16, (1 << 15) + 64
-    W = torch.zeros(d_sae, d_in, dtype=torch.bfloat16)
+    W = zero_pages((d_sae, d_in), np.int16).view(torch.bfloat16)
     assert W.numel() > 2**31
     W[-1, -1] = 2
     x = torch.zeros(2, d_in)
@@ -184,7 +190,7 @@ def test_weights_beyond_2_to_the_31_elements():
 
 def test_activations_beyond_2_to_the_31_elements():
     d_in = 1 << 16
-    x = torch.zeros((1 << 15) + 16, d_in)
+    x = zero_pages(((1 << 15) + 16, d_in), np.float32)
     assert x.numel() > 2**31
     x[-1, -1] = 3
     W = torch.zeros(4, d_in)
