@@ -1,7 +1,8 @@
 """Next-token predictions of all variants of a batch against the model's own.
 
-Where the head is plain and of float32, its statistics come from tiles of logits that live for a
-moment (`ops.head_pair_stats`). Otherwise logits exist for a few sequences at a time.
+Where the head is plain and of float32, and its operator compiled, statistics come from tiles of
+logits that live for a moment (`ops.head_pair_stats`). Otherwise logits exist for a few sequences at
+a time: the operator's plain torch form would save nothing over them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from saelens_certify import ops
 from saelens_certify.config import CertifyConfig
 from saelens_certify.forward import BasePass, FinalState, ForwardEngine, PlainHead
+from saelens_certify.ops._library import use_native
 
 Columns = dict[str, NDArray]
 
@@ -57,7 +59,7 @@ def output_statistics(
         The model's own loss per sequence, and for each variant its columns over its rows.
     """
     head = engine.plain_head()
-    if head is not None:
+    if head is not None and use_native(config.impl, head.W_U.device):
         return _from_residuals(engine, head, base, variants, config)
     return _from_logits(engine, base, variants, config)
 

@@ -49,17 +49,18 @@ def measured(engine, sae, config=CONFIG, **more):
 @pytest.mark.parametrize("name", sorted(MODELS))
 @pytest.mark.parametrize("impl", ["native", "torch"])
 def test_without_logits_the_evidence_is_the_same(name, impl, monkeypatch) -> None:
+    """Compiled, without logits, against logits and either kind of operators."""
     model, sae = MODELS[name](), make_sae()
-    config = dataclasses.replace(CONFIG, impl=impl)
     strategy = choose_strategy(model, TOKENS[:4], HOOK)
     assert strategy.fused_head
-    expected = measured(ForwardEngine(model, Strategy(True, True, fused_head=False)), sae, config)
+    with_logits = ForwardEngine(model, Strategy(True, True, fused_head=impl == "torch"))
+    expected = measured(with_logits, sae, dataclasses.replace(CONFIG, impl=impl))
     violation = expected["violation"]
     assert violation.any(), "the case must have both kinds of sequences"
     assert not violation.all()
     engine = ForwardEngine(model, strategy)
     monkeypatch.setattr(engine, "logits", None)  # nobody may call it
-    found = measured(engine, sae, config)
+    found = measured(engine, sae, dataclasses.replace(CONFIG, impl="native"))
     assert found.keys() == expected.keys()
     for column, values in found.items():
         np.testing.assert_allclose(values, expected[column], atol=2e-6, err_msg=column)

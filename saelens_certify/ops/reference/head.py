@@ -15,8 +15,8 @@ from saelens_certify.ops.reference.statistics import (
     smoothed_bits,
 )
 
-_ROW_CHUNK = 512
-_COLUMN_TILE = 4096
+_ROW_CHUNK = 128
+_COLUMN_TILE = 2048
 
 
 class _Running:
@@ -54,22 +54,29 @@ class _Running:
         return torch.where(torch.isfinite(lse), lse, torch.nan)
 
 
+class _Tile:
+    """Some columns of the head."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, softcap: float, columns: slice) -> None:
+        self.first = columns.start
+        self._weight = weight[:, columns].float()
+        self._bias = None if bias is None else bias[columns]
+        self._softcap = softcap
+
+    def logits(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits as they are, and in float64 with the cap."""
+        logits = residual.float() @ self._weight
+        if self._bias is not None:
+            logits += self._bias
+        return logits, capped(logits, self._softcap)
+
+
 def _tiles(
-    residuals: tuple[Tensor, ...],
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float,
-    d_vocab: int,
-    column_tile: int,
-) -> Iterator[tuple[int, list[tuple[Tensor, Tensor]]]]:
-    """First column, and for each residual the logits as they are and in float64 with the cap."""
+    weight: Tensor, bias: Tensor | None, softcap: float, d_vocab: int, column_tile: int
+) -> Iterator[_Tile]:
     step = column_tile or _COLUMN_TILE
     for first in range(0, d_vocab, step):
-        columns = slice(first, min(first + step, d_vocab))
-        part = weight[:, columns].float()
-        products = [residual.float() @ part for residual in residuals]
-        logits = [p if bias is None else p + bias[columns] for p in products]
-        yield first, [(each, capped(each, softcap)) for each in logits]
+        yield _Tile(weight, bias, softcap, slice(first, min(first + step, d_vocab)))
 
 
 def head_stats(
@@ -89,9 +96,8 @@ def head_stats(
     for start in range(0, residual.shape[0], _ROW_CHUNK):
         rows = slice(start, start + _ROW_CHUNK)
         running = _Running(targets[rows])
-        tiles = _tiles((residual[rows],), weight, bias, softcap, d_vocab, column_tile)
-        for first, [(logits, wide)] in tiles:
-            running.add(logits, wide, first)
+        for tile in _tiles(weight, bias, softcap, d_vocab, column_tile):
+            running.add(*tile.logits(residual[rows]), tile.first)
         lse[rows] = running.lse()
         gold[rows] = running.gold - lse[rows]
         bits[rows] = smoothed_bits(gold[rows], alpha, d_vocab)
@@ -123,13 +129,12 @@ def head_pair_stats(
         rows = [slice(variant + start, variant + stop) for variant in starts]
         others = [_Running(targets[part]) for _ in rows]
         differences = [torch.zeros(stop - start, **double) for _ in rows]
-        inputs = (base_residual[part], *(residual[each] for each in rows))
-        for first, [(p_logits, p), *rest] in _tiles(
-            inputs, weight, bias, softcap, d_vocab, column_tile
-        ):
-            weights = base.add(p_logits, p, first)
-            for v, (q_logits, q) in enumerate(rest):
-                others[v].add(q_logits, q, first)
+        for tile in _tiles(weight, bias, softcap, d_vocab, column_tile):
+            p_logits, p = tile.logits(base_residual[part])
+            weights = base.add(p_logits, p, tile.first)
+            for v, each in enumerate(rows):
+                q_logits, q = tile.logits(residual[each])
+                others[v].add(q_logits, q, tile.first)
                 # As in pair_stats: what only the other masks makes the divergence infinite.
                 terms = torch.where(q == -torch.inf, torch.inf, weights * (p - q))
                 terms = torch.where(p == -torch.inf, 0.0, terms).sum(1)
