@@ -39,7 +39,8 @@ class CertifyConfig:
         seed: Seed of the controls; on the command line also of the division of --data.
         part_sequences: Sequences per evidence part: what a killed run may lose.
         batch_tokens: Tokens per forward pass.
-        logits_mib: Largest logits tensor alive, in MiB (two are alive at a time).
+        logits_mib: Largest logits tensor alive, in MiB (two are alive at a time), where logits are
+            needed at all.
         impl: Which operators run: ``"native"`` kernels, pure ``"torch"``, or ``"auto"``.
         progress: Whether to show progress bars.
     """
