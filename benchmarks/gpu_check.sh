@@ -154,6 +154,13 @@ fi
 step environment 30 bash -c environment
 step build 240 bash -c build
 TESTS=("$PYTHON" -m pytest -q -p no:cacheprovider)
+OPS_TESTS=(tests/ops)
+if ! "$PYTHON" -c "import sae_lens" 2>/dev/null; then
+  while read -r file; do
+    echo "no SAELens: without $file"
+    OPS_TESTS+=("--ignore=$file")
+  done < <(grep -lE '^(from|import) (sae_lens|transformer_lens)' tests/ops/*.py)
+fi
 # Several processes at a time where pytest-xdist is installed.
 SPREAD=()
 "$PYTHON" -c "import xdist" 2>/dev/null && SPREAD=(-n 6)
@@ -174,11 +181,11 @@ if ((HAVE_GPU)); then
     leave_out memcheck "compute-sanitizer is neither on PATH nor in the CUDA toolkit"
     leave_out racecheck "compute-sanitizer is neither on PATH nor in the CUDA toolkit"
   fi
-  step "tests/ops on the CPU" 90 "${TESTS[@]}" tests/ops "${SPREAD[@]}"
+  step "tests/ops on the CPU" 90 "${TESTS[@]}" "${OPS_TESTS[@]}" "${SPREAD[@]}"
   step benchmarks 240 "$PYTHON" -m benchmarks cuda --json "$OUT/benchmarks-cuda.json"
 else
   step "tests/cuda emulated" 150 "${TESTS[@]}" tests/cuda
-  step "tests/ops on the CPU" 100 "${TESTS[@]}" tests/ops "${SPREAD[@]}"
+  step "tests/ops on the CPU" 100 "${TESTS[@]}" "${OPS_TESTS[@]}" "${SPREAD[@]}"
   for name in "opcheck on the GPU" "tests/cuda on the GPU" memcheck racecheck benchmarks; do
     leave_out "$name" "no GPU"
   done
