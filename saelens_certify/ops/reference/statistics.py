@@ -7,11 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-_CHUNK_BYTES = 1 << 24
+# Of one float64 temporary; about ten are alive. Elsewhere than on a CPU small calls cost more.
+_CHUNK_BYTES_CPU = 1 << 22
+_CHUNK_BYTES_OTHER = 1 << 25
 
 
-def _row_chunk(d_vocab: int) -> int:
-    return max(1, _CHUNK_BYTES // (8 * d_vocab))
+def _row_chunk(logits: Tensor, d_vocab: int) -> int:
+    on_cpu = logits.device.type == "cpu"
+    return max(1, (_CHUNK_BYTES_CPU if on_cpu else _CHUNK_BYTES_OTHER) // (8 * d_vocab))
 
 
 def capped(logits: Tensor, softcap: float) -> Tensor:
@@ -51,7 +54,7 @@ def token_stats(
         torch.empty(n_tokens, dtype=torch.float64, device=logits.device) for _ in range(3)
     )
     argmax = torch.empty(n_tokens, dtype=torch.int32, device=logits.device)
-    step = _row_chunk(d_vocab)
+    step = _row_chunk(logits, d_vocab)
     for start in range(0, n_tokens, step):
         rows = slice(start, start + step)
         part = logits[rows, :d_vocab]
@@ -82,7 +85,7 @@ def pair_stats(
         torch.empty(n_tokens, dtype=torch.float64, device=logits.device) for _ in range(4)
     )
     agree = torch.empty(n_tokens, dtype=torch.bool, device=logits.device)
-    step = _row_chunk(2 * d_vocab)
+    step = _row_chunk(logits, d_vocab)
     for start in range(0, n_tokens, step):
         rows = slice(start, start + step)
         base_part, part = base_logits[rows, :d_vocab], logits[rows, :d_vocab]
