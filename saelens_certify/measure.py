@@ -77,7 +77,7 @@ def calibrate(
     total = {
         name: Calibration.empty(a.d_sae, engine.d_vocab, a.d_out) for name, a in adapters.items()
     }
-    for batch in _batches(tokens, config):
+    for batch in _batches(engine, tokens, config):
         activations = engine.capture(batch, hooks)
         coded = coded_positions(batch, config.positions, special_ids)
         targets = torch.bincount(batch[:, 1:].flatten(), minlength=engine.d_vocab)
@@ -125,7 +125,7 @@ def measure(
     )
     restarts = sorted({s.adapter.output_hook for s in subjects.values()})
     collected: dict[str, list[Columns]] = {name: [] for name in subjects}
-    for batch in _batches(tokens, config):
+    for batch in _batches(engine, tokens, config):
         base = engine.base(batch, hooks, restarts)
         coded = coded_positions(batch, config.positions, special_ids)
         for name, subject in subjects.items():
@@ -291,10 +291,10 @@ def _run_suffixes(
     runs: Sequence[_Run],
     config: CertifyConfig,
 ) -> list[FinalState]:
-    """Run the suffixes of all variants, concatenated into passes of at most ``batch_tokens``."""
+    """Run the suffixes of all variants, concatenated into passes of limited size."""
     rows = torch.cat([run.rows for run in runs]).to(engine.device)
     patches = torch.cat([run.patch for run in runs]).to(engine.device)
-    per_pass = max(1, config.batch_tokens // base.tokens.shape[1])
+    per_pass = max(1, config.tokens_per_pass(engine.device) // base.tokens.shape[1])
     residual = torch.cat(
         [
             engine.patched(base, rows[i : i + per_pass], hook, patches[i : i + per_pass]).residual
@@ -381,8 +381,10 @@ def _encoded_together(x: Float[Tensor, "batch pos d_in"]) -> int:
     return max(1, _ENCODED_TOKENS // x.shape[1])
 
 
-def _batches(tokens: Int[Tensor, "n pos"], config: CertifyConfig) -> Sequence[Tensor]:
-    return torch.split(tokens, max(1, config.batch_tokens // tokens.shape[1]))
+def _batches(
+    engine: ForwardEngine, tokens: Int[Tensor, "n pos"], config: CertifyConfig
+) -> Sequence[Tensor]:
+    return torch.split(tokens, max(1, config.tokens_per_pass(engine.device) // tokens.shape[1]))
 
 
 def _concatenate(parts: Sequence[Columns]) -> Columns:

@@ -147,3 +147,10 @@ def test_nothing_of_the_model_or_sae_is_changed() -> None:
         assert not any(point.fwd_hooks for point in model.hook_dict.values())
         assert all("forward" not in block.__dict__ or "forward" in seen
                    for block, seen in zip(model.blocks, blocks, strict=True))  # fmt: skip
+
+
+def test_the_default_batch_follows_the_device():
+    config = CertifyConfig()
+    assert config.tokens_per_pass(torch.device("cpu")) == 2048
+    assert config.tokens_per_pass(torch.device("cuda")) == 16384
+    assert CertifyConfig(batch_tokens=7).tokens_per_pass(torch.device("cuda")) == 7
