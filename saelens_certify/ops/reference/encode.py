@@ -11,7 +11,7 @@ from torch import Tensor
 from saelens_certify.ops.margin import OUTER_ROUNDINGS, underflow
 from saelens_certify.ops.reference.lanes import lane_sum
 
-ROW_CHUNK = 512
+ROW_CHUNK = 256
 COLUMN_TILE = 4096
 # Pairs scored at a time: few enough that torch adds their lanes without starting threads.
 _PAIRS_CPU = 512
