@@ -139,8 +139,9 @@ def _add_settings(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> 
         if isinstance(field.default, bool):
             keywords["action"] = argparse.BooleanOptionalAction
         else:
-            keywords["type"] = type(field.default)
-            keywords["metavar"] = type(field.default).__name__.upper()
+            # Settings that default to None are numbers that depend on the machine.
+            kind = int if field.default is None else type(field.default)
+            keywords |= {"type": kind, "metavar": kind.__name__.upper()}
         group.add_argument(f"--{field.name}", **keywords)
     parser.add_argument(
         "--picture", type=Path, help="also save the figure as .png, .svg or .pdf (extra 'pictures')"

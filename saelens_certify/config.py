@@ -43,7 +43,8 @@ class CertifyConfig:
         batch_tokens: Tokens per forward pass; None: 2048 on a CPU, whose caches larger activations
             leave, and 16384 elsewhere.
         logits_mib: Largest logits tensor alive, in MiB (two are alive at a time), where logits are
-            needed at all.
+            needed at all; None: as large as the head's weights (a head may copy these each time it is
+            called), or 64 MiB if that is more.
         impl: Which operators run: ``"native"`` kernels, pure ``"torch"``, or ``"auto"``.
         progress: Whether to show progress bars.
     """
@@ -60,7 +61,7 @@ class CertifyConfig:
     part_sequences: int = 512
 
     batch_tokens: int | None = None
-    logits_mib: int = 64
+    logits_mib: int | None = None
     impl: Impl = "auto"
     progress: bool = True
 
@@ -82,8 +83,9 @@ class CertifyConfig:
             "batch_tokens": 1,
             "logits_mib": 1,
         }
-        if self.batch_tokens is None:
-            del minima["batch_tokens"]
+        for name in ("batch_tokens", "logits_mib"):
+            if getattr(self, name) is None:
+                del minima[name]
         for name, minimum in minima.items():
             value = _integer(getattr(self, name))
             if value is None or value < minimum:
@@ -103,6 +105,12 @@ class CertifyConfig:
     def tokens_per_pass(self, device: torch.device) -> int:
         """Tokens that a model on this device is given at a time."""
         return self.batch_tokens or (2048 if device.type == "cpu" else 16384)
+
+    def logits_tokens(self, d_model: int, d_vocab: int) -> int:
+        """Tokens whose logits, counted as float32, are alive at a time."""
+        if self.logits_mib is not None:
+            return self.logits_mib * 2**20 // (4 * d_vocab)
+        return max(2**26 // (4 * d_vocab), d_model)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""

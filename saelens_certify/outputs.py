@@ -114,7 +114,8 @@ def _from_logits(
 ) -> tuple[NDArray[np.float64], list[Columns]]:
     """A few sequences at a time, the base's logits once for all variants."""
     n_sequences, length = base.tokens.shape
-    group = max(1, config.logits_mib * 2**20 // (4 * engine.d_vocab * (length - 1)))
+    tokens = config.logits_tokens(base.final.shape[-1], engine.d_vocab)
+    group = max(1, tokens // (length - 1))
     loss_base = np.empty(n_sequences)
     outputs: list[Columns] = [
         {key: np.empty(len(variant.rows)) for key in _KEYS} for variant in variants

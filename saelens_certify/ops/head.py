@@ -5,6 +5,8 @@ The logits are ``residual @ W_U + b_U``; tiles of them exist for a moment, never
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,16 +121,17 @@ def head_pair_stats(
     if use_native(impl, residual.device):
         operator = torch.ops.saelens_certify.head_pair_stats
         if residual.device.type != "cpu":
-            operator = _one_at_a_time
+            operator = partial(one_at_a_time, operator)
     stats = PairStats(*operator(base_residual.contiguous(), residual.contiguous(), *head))
     check_predictions("base logits", stats.bits_base)
     check_predictions("logits", stats.bits)
     return stats
 
 
-def _one_at_a_time(base: Tensor, residual: Tensor, *head: Any) -> tuple[Tensor, ...]:
-    """Where the operator takes as many rows as the base has."""
-    operator = torch.ops.saelens_certify.head_pair_stats
+def one_at_a_time(
+    operator: Callable[..., Sequence[Tensor]], base: Tensor, residual: Tensor, *head: Any
+) -> tuple[Tensor, ...]:
+    """Compare several predictions where the operator takes as many rows as the base has."""
     parts = residual.split(base.shape[0]) if base.shape[0] else (residual,)
     columns = zip(*(operator(base, part, *head) for part in parts), strict=True)
     return tuple(torch.cat(column) for column in columns)

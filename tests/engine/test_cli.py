@@ -26,7 +26,17 @@ from saelens_certify.cli import (
     main,
 )
 
-SMALL = ["--seq_len", "12", "--no-progress", "--part_sequences", "32"]
+SMALL = [
+    "--seq_len",
+    "12",
+    "--no-progress",
+    "--part_sequences",
+    "32",
+    "--batch_tokens",
+    "600",
+    "--logits_mib",
+    "8",
+]
 
 
 @pytest.fixture(scope="module")

@@ -154,3 +154,7 @@ def test_the_default_batch_follows_the_device():
     assert config.tokens_per_pass(torch.device("cpu")) == 2048
     assert config.tokens_per_pass(torch.device("cuda")) == 16384
     assert CertifyConfig(batch_tokens=7).tokens_per_pass(torch.device("cuda")) == 7
+    # Logits as large as the head's weights, unless a limit is given.
+    assert config.logits_tokens(d_model=2048, d_vocab=256_000) == 2048
+    assert config.logits_tokens(d_model=64, d_vocab=4096) == 4096
+    assert CertifyConfig(logits_mib=1).logits_tokens(d_model=2048, d_vocab=1024) == 256

@@ -9,6 +9,8 @@ import torch
 
 from saelens_certify import ops
 from saelens_certify.errors import CertifyError
+from saelens_certify.ops import reference
+from saelens_certify.ops.head import one_at_a_time
 
 IMPLS = oracle.IMPLS
 
@@ -129,6 +131,20 @@ def test_several_predictions_against_one_base(impl, tokens):
             assert torch.equal(values[v * tokens : (v + 1) * tokens], getattr(alone, name)), name
     none = ops.head_pair_stats(base, other[:0], W, targets, 0.1, **shared)
     assert none.kl.shape == (0,)
+
+
+def test_one_prediction_at_a_time_gives_the_same_statistics():
+    # How several predictions are compared where the operator takes as many rows as the base has.
+    base, other, W, b, targets = case()
+    several = torch.cat([other, base, other.flip(0)])
+    together = ops.head_pair_stats(base, several, W, targets, 0.3, b_U=b)
+    head = (W, b, targets, 0.3, 0.0, 4300, 0)
+    apart = ops.PairStats(*one_at_a_time(reference.head_pair_stats, base, several, *head))
+    for name, values in vars(together).items():
+        assert torch.allclose(values.double(), getattr(apart, name).double(), atol=1e-6)
+    none = (W, b, targets[:0], 0.3, 0.0, 4300, 0)
+    empty = one_at_a_time(reference.head_pair_stats, base[:0], several[:0], *none)
+    assert [len(column) for column in empty] == [0] * 5
 
 
 @pytest.mark.parametrize("impl", IMPLS)
