@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -44,18 +46,24 @@ def check_vector(
         check_device(name, tensor, device)
 
 
-def check_finite_rows(name: str, tensor: Tensor) -> None:
-    """Raise if a row holds NaN or infinity, naming the first such row."""
+def check_finite_rows(name: str, tensor: Tensor) -> float:
+    """Raise if a row holds NaN or infinity, naming the first such row.
+
+    Returns:
+        The largest magnitude.
+    """
     if tensor.numel() == 0:
-        return
+        return 0.0
     low, high = torch.aminmax(tensor, dim=1)
+    largest = float(torch.maximum(-low.amin(), high.amax()))
+    if math.isfinite(largest):
+        return largest
     bad = ~(torch.isfinite(low) & torch.isfinite(high))
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        raise CertifyError(
-            f"{name} holds NaN or infinity in row {row} ({int(bad.sum())} such rows): "
-            "the activations of that token are not usable"
-        )
+    row = int(bad.nonzero()[0])
+    raise CertifyError(
+        f"{name} holds NaN or infinity in row {row} ({int(bad.sum())} such rows): "
+        "the activations of that token are not usable"
+    )
 
 
 def check_finite_vector(name: str, tensor: Tensor | None) -> None:

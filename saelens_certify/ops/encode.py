@@ -238,7 +238,7 @@ def _checked(
     for name, size in (("row_chunk", row_chunk), ("column_tile", column_tile)):
         if size is not None and size < 1:
             raise CertifyError(f"{name} = {size}: use a positive number, or None for the default")
-    check_finite_rows("x", x)
+    largest = check_finite_rows("x", x)
     if screen is None:
         screen = Screen(margin.weight_norms(W))
     else:
@@ -246,14 +246,13 @@ def _checked(
         if screen.weight is not None:
             check_shape("screen.weight", screen.weight, tuple(W.shape))
             check_device("screen.weight", screen.weight, x.device)
-    if x.numel():
-        longest = float(torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).max())
-        if longest * float(screen.norms.max()) > margin.NORM_PRODUCT_LIMIT:
-            raise CertifyError(
-                f"activations of norm {longest:.3g} and weights of norm "
-                f"{float(screen.norms.max()):.3g} overflow a float32 matrix product: rescale the "
-                "activations"
-            )
+    longest = largest * x.shape[1] ** 0.5
+    if longest * float(screen.norms.max()) > margin.NORM_PRODUCT_LIMIT:
+        raise CertifyError(
+            f"activations of norm up to {longest:.3g} and weights of norm "
+            f"{float(screen.norms.max()):.3g} overflow a float32 matrix product: rescale the "
+            "activations"
+        )
     error = margin.gemm_error(x.shape[1], x.device)
     encoder = Encoder(W, bias, scale, theta, gate_bias, screen.norms, error)
     return _Call(x.contiguous(), encoder, screen, row_chunk or 0, column_tile or 0)

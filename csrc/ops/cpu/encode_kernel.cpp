@@ -124,12 +124,14 @@ class TopSelection {
   // After the last tile exact scores do better than another look at the bounds.
   void finish_tile(int64_t row, bool last) {
     if (last) return;
-    all_.rows[row].tighten(scratch());
-    if (pool_bits_ != nullptr) pooled_.rows[row].tighten(scratch());
+    all_.rows[row].tighten(scratch(), kFewest);
+    if (pool_bits_ != nullptr) pooled_.rows[row].tighten(scratch(), kFewest);
   }
 
  private:
   static constexpr int64_t kMostGroups = 4096;
+  // New candidates of a tile for which a higher floor pays.
+  static constexpr int32_t kFewest = 16;
 
   static std::vector<float>& scratch() {
     thread_local std::vector<float> numbers;

@@ -61,9 +61,10 @@ class TopCandidates {
   // Takes over a floor known from elsewhere: k columns score at least this much.
   void raise_floor(float floor) { floor_ = std::max(floor_, floor); }
 
-  // Raises the floor as far as the bounds allow and forgets the candidates below it.
-  void tighten(std::vector<float>& scratch) {
-    if (size_ < k_ || size_ == tightened_) return;
+  // Raises the floor as far as the bounds allow and forgets the candidates below it. `fewest` new
+  // candidates make it worth while.
+  void tighten(std::vector<float>& scratch, int32_t fewest = 1) {
+    if (size_ < k_ || size_ - tightened_ < fewest) return;
     scratch.resize(size_);
     for (int32_t i = 0; i < size_; ++i) scratch[i] = buffer_[i].lower;
     std::nth_element(scratch.begin(), scratch.begin() + (k_ - 1), scratch.end(),
