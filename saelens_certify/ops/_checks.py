@@ -77,10 +77,25 @@ def check_finite_vector(name: str, tensor: Tensor | None) -> None:
 
 def check_codes(codes: SparseCodes, d_sae: int) -> None:
     """Raise if a code names a feature that does not exist."""
-    if codes.indices.numel() and int(codes.indices.max()) >= d_sae:
+    if codes.indices.numel() == 0:
+        return
+    low, high = (int(end) for end in torch.aminmax(codes.indices))
+    if high >= d_sae:
+        raise CertifyError(f"sparse codes name feature {high}, but there are only {d_sae} features")
+    if low < -1:
         raise CertifyError(
-            f"sparse codes name feature {int(codes.indices.max())}, "
-            f"but there are only {d_sae} features"
+            f"sparse codes name feature {low}: features count from 0, and unused slots hold -1"
+        )
+
+
+def check_counts(codes: SparseCodes) -> None:
+    """Raise if a token's count is not that of its slots in use."""
+    wrong = (codes.indices >= 0).sum(1) != codes.counts
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise CertifyError(
+            f"sparse codes count {int(codes.counts[row])} features in row {row}, but "
+            f"{int((codes.indices[row] >= 0).sum())} of its slots hold one"
         )
 
 

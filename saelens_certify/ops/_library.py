@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -93,7 +94,22 @@ def use_native(impl: Impl, device: torch.device) -> bool:
     missing = _missing(device)
     if missing and impl == "native":
         raise CertifyError(f"impl = 'native' is not possible: {missing}; use impl = 'auto'")
+    if device.type == "cuda" and impl == "auto" and not missing:
+        _say_untried()
     return not missing
+
+
+# What is known of the CUDA operators; empty once they have passed benchmarks/gpu_check.sh.
+CUDA_STATUS = (
+    "the CUDA operators have been compiled and emulated on a CPU, but never run on a GPU: "
+    "benchmarks/gpu_check.sh tests them, impl = 'torch' avoids them, impl = 'native' silences this"
+)
+
+
+@cache
+def _say_untried() -> None:
+    if CUDA_STATUS:
+        warnings.warn(CUDA_STATUS, stacklevel=4)
 
 
 def _missing(device: torch.device) -> str:

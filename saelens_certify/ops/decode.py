@@ -11,6 +11,7 @@ from saelens_certify.ops import reference
 from saelens_certify.ops._checks import (
     REAL_DTYPES,
     check_codes,
+    check_counts,
     check_device,
     check_dtype,
     check_shape,
@@ -130,6 +131,7 @@ def _checked(
     check_dtype("W_dec", W_dec, REAL_DTYPES)
     check_device("W_dec", W_dec, codes.device)
     check_codes(codes, W_dec.shape[0])
+    check_counts(codes)
     check_vector("b_dec", b_dec, W_dec.shape[1], codes.device, torch.float32)
     return (
         codes.values.contiguous(),

@@ -206,6 +206,24 @@ class _Call:
         return error, self.row_chunk, self.column_tile
 
 
+def _check_range(
+    longest: float, screen: Screen, bias: Tensor, scale: Tensor | None, gate_bias: Tensor | None
+) -> None:
+    """Raise where scores or their margins might leave the range of float32."""
+
+    def most(vector: Tensor | None, default: float) -> float:
+        return default if vector is None else float(vector.abs().max())
+
+    norm = float(screen.norms.max())
+    size = longest * max(norm, 1.0) + max(most(bias, 0.0), most(gate_bias, 0.0))
+    if size * max(most(scale, 1.0), 1.0) > margin.NORM_PRODUCT_LIMIT:
+        raise CertifyError(
+            f"activations of norm up to {longest:.3g}, weights of norm {norm:.3g}, biases up to "
+            f"{most(bias, 0.0):.3g} and scales up to {most(scale, 1.0):.3g} overflow float32 scores: "
+            "rescale the activations"
+        )
+
+
 def _checked(
     x: Tensor,
     W: Tensor,
@@ -246,13 +264,7 @@ def _checked(
         if screen.weight is not None:
             check_shape("screen.weight", screen.weight, tuple(W.shape))
             check_device("screen.weight", screen.weight, x.device)
-    longest = largest * x.shape[1] ** 0.5
-    if longest * float(screen.norms.max()) > margin.NORM_PRODUCT_LIMIT:
-        raise CertifyError(
-            f"activations of norm up to {longest:.3g} and weights of norm "
-            f"{float(screen.norms.max()):.3g} overflow a float32 matrix product: rescale the "
-            "activations"
-        )
+    _check_range(largest * x.shape[1] ** 0.5, screen, bias, scale, gate_bias)
     error = margin.gemm_error(x.shape[1], x.device)
     encoder = Encoder(W, bias, scale, theta, gate_bias, screen.norms, error)
     return _Call(x.contiguous(), encoder, screen, row_chunk or 0, column_tile or 0)

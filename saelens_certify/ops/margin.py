@@ -9,6 +9,7 @@ the features kept for exact scoring always contain the true ones.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ UNIT_ROUNDOFF = 2.0**-24
 OUTER_ROUNDINGS = 16 * UNIT_ROUNDOFF
 
 # Operands rounded (or cut) before they are multiplied, when the user allows fast float32 products.
-_OPERAND_ERROR = {"tf32": 2.0**-10, "bf16": 2.0**-8}
+_OPERAND_ERROR = {"tf32": 2.0**-10, "f16": 2.0**-10, "bf16": 2.0**-8, "any": 2.0**-8}
 
 # Magnitude above which a float32 product of the two norms may overflow.
 NORM_PRODUCT_LIMIT = 2.0**120
@@ -54,6 +55,10 @@ def gemm_error(d_in: int, device: torch.device, precision: torch.dtype = torch.f
         backends: Any = torch.backends
         backend = backends.cuda if device.type == "cuda" else backends.mkldnn
         operand = _OPERAND_ERROR.get(backend.matmul.fp32_precision, 0.0)
+        if device.type == "cpu":
+            # oneDNN reads this by itself (torch sends float32 products to it on ARM).
+            mode = os.environ.get("ONEDNN_DEFAULT_FPMATH_MODE", "strict").lower()
+            operand = max(operand, _OPERAND_ERROR.get(mode, 0.0))
     full = precision == torch.float32 and operand == 0.0
     # Tensor cores and AMX may cut instead of round when they add, and add blocks of products aligned to
     # the largest: up to 3u per product.

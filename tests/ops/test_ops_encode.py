@@ -224,6 +224,12 @@ def test_unusable_input_is_named(form):
         form.topk(x, W, bias, k=0)
     with pytest.raises(CertifyError, match="overflow"):
         form.topk(x * 1e30, W * 1e30, bias, k=2)
+    # Nothing may leave the range of float32 on the way to a score, or to its margin.
+    for far in ({"scale": torch.full((20,), 3e38)}, {"gate_bias": torch.full((20,), -3e38)}):
+        with pytest.raises(CertifyError, match="overflow float32 scores"):
+            form.threshold(x, W, bias, **far)
+    with pytest.raises(CertifyError, match="overflow float32 scores"):
+        form.topk(torch.full_like(x, 3.4e38), W * 1e-30, bias, k=2)
     with pytest.raises(CertifyError, match=r"W has shape \[20, 10\], expected \[any, 9\]"):
         form.topk(x[:, :9], W, bias, k=2)
     with pytest.raises(CertifyError, match="pool_bits has shape"):

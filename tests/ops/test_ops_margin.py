@@ -41,14 +41,20 @@ def test_margin_contains_the_exact_score(precision, kind):
         torch.set_float32_matmul_precision("highest")
 
 
-def test_margin_follows_the_matrix_product_mode():
+def test_margin_follows_the_matrix_product_mode(monkeypatch):
     full = gemm_error(768, CPU)
     assert 768 * 2.0**-24 <= full <= 800 * 2.0**-24
     try:
         torch.set_float32_matmul_precision("medium")
         assert gemm_error(768, CPU) > 2.0**-7
+        assert gemm_error(768, CPU, torch.bfloat16) < 2.0**-11
     finally:
         torch.set_float32_matmul_precision("highest")
+    assert gemm_error(768, CPU) == full
+    for mode in ("BF16", "any"):
+        monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", mode)
+        assert gemm_error(768, CPU) > 2.0**-7
+    monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "STRICT")
     assert gemm_error(768, CPU) == full
 
 

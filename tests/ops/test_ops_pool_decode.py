@@ -259,3 +259,27 @@ def test_sparse_codes():
         ops.SparseCodes(codes.values[:, :2], codes.indices, codes.counts)
     with pytest.raises(CertifyError, match="one number per token"):
         ops.SparseCodes(codes.values, codes.indices, codes.counts[:3])
+
+
+@pytest.mark.parametrize("impl", oracle.IMPLS)
+def test_codes_that_do_not_hold_together_are_named(impl):
+    def codes(indices, count):
+        return ops.SparseCodes(
+            torch.ones(1, 2),
+            torch.tensor([indices], dtype=torch.int32),
+            torch.tensor([count]).int(),
+        )
+
+    W = torch.ones(5, 3)
+    bits = ops.pool_bits(torch.ones(5, dtype=torch.bool))
+    with pytest.raises(CertifyError, match="name feature -3"):
+        ops.decode(codes([1, -3], 2), W, impl=impl)
+    with pytest.raises(CertifyError, match="name feature -3"):
+        ops.restrict(codes([1, -3], 2), bits, impl=impl)
+    with pytest.raises(CertifyError, match="name feature -3"):
+        ops.count_outside(codes([1, -3], 2), bits, impl=impl)
+    with pytest.raises(CertifyError, match="name feature -3"):
+        ops.pool_count_(torch.zeros(5, dtype=torch.int64), codes([1, -3], 2), impl=impl)
+    for indices, count in (([1, -1], 2), ([1, 2], 1), ([1, 2], -3)):
+        with pytest.raises(CertifyError, match=f"count {count} features in row 0"):
+            ops.decode(codes(indices, count), W, impl=impl)

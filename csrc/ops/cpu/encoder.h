@@ -24,7 +24,8 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // outliers are added.
 constexpr double kOuterRoundings = 16 * 0x1p-24;
 
-// A product stored as bfloat16 was rounded or cut: one unit in the last of eight bits.
+// A product stored as bfloat16 was rounded to nearest: half a unit in the last of eight bits, and
+// a little, as the bound is taken relative to the rounded number.
 constexpr float kStoredRounding = 0x1.02p-8f;
 
 class Encoder {
