@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark from the command line.
 
     Returns:
-        0 if every row was measured, 1 if one failed, 2 for a wrong call.
+        0 if every row was measured, 1 if one failed, 2 for a wrong call, 130 if interrupted.
     """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__.splitlines()[0] if __doc__ else None
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--json",
         type=Path,
         metavar="FILE",
-        help="write results here, and the environment next to it (FILE.environment.json)",
+        help="write results here, and the environment next to it (results.json: results.environment.json)",
     )
     parser.add_argument(
         "--only", action="append", default=[], metavar="NAME", help="name or beginning of names"
@@ -108,7 +108,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    records = run(rows, session, options.json)
+    if options.json is not None and options.json.is_dir():
+        print(f"--json {options.json} is a folder: name a file in it", file=sys.stderr)
+        return 2
+    try:
+        records = run(rows, session, options.json)
+    except KeyboardInterrupt:
+        kept = "" if options.json is None else f"; finished rows are in {options.json}"
+        print(f"interrupted{kept}", file=sys.stderr)
+        return 130
     failed = [name for name, entry in records.items() if "error" in entry]
     missed = [name for name, entry in records.items() if entry["met"] is False]
     print(f"{len(records)} rows, {len(missed)} below target, {len(failed)} failed")

@@ -53,7 +53,7 @@ def chosen(rows: Sequence[Row], only: Sequence[str]) -> list[Row]:
     if not only:
         return [row for row in rows if not row.on_request]
     for wanted in only:
-        if not any(row.name.startswith(wanted) for row in rows):
+        if not wanted or not any(row.name.startswith(wanted) for row in rows):
             groups = sorted({row.name.partition(".")[0] for row in rows})
             raise UnknownRowError(
                 f"--only {wanted}: no row has this name or begins so; names begin with "
