@@ -134,6 +134,29 @@ def test_a_large_first_tile_finds_its_floor(form):
             oracle.assert_same(got[1], wanted[1])
 
 
+@pytest.mark.parametrize(
+    ("d_in", "d_sae", "k", "fewest", "most"), [(768, 24576, 32, 55, 70), (576, 8192, 64, 95, 115)]
+)
+def test_how_many_features_lie_inside_the_bound(d_in, d_sae, k, fewest, most):
+    """The number that docs/kernels.md gives for Gaussian rows and weights."""
+    g = torch.Generator().manual_seed(0)
+    x, W = (torch.randn(rows, d_in, generator=g) for rows in (48, d_sae))
+    screen = ops.prepare_screen(W, "bfloat16")
+    assert screen.weight is not None
+    assert screen.error is not None
+    narrow = x.bfloat16()
+    lost = (x.double() - narrow.double()).norm(dim=1, keepdim=True)
+    length = narrow.double().norm(dim=1, keepdim=True)
+    product = (narrow.float() @ screen.weight.float().T).double()
+    g16 = gemm_error(d_in, CPU, torch.bfloat16)
+    bound = (lost + g16 * length) * screen.norms.double() + (1 + g16) * length * screen.error
+    bound += product.abs() * 2.0**-8
+    assert ((product - x.double() @ W.double().T).abs() <= bound).all()
+    floor = (product - bound).topk(k).values[:, -1:]
+    inside = (product + bound >= floor).sum(1).double().mean()
+    assert fewest < inside < most
+
+
 def test_weights_already_in_16_bits_lose_nothing():
     _, W, _, _, _, _ = oracle.random_encoder(13, 1, 30, 20, torch.bfloat16)
     screen = ops.prepare_screen(W, "bfloat16")
