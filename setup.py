@@ -124,7 +124,7 @@ def cuda_extension(torch, cpp_extension) -> Extension | None:
     defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-DUSE_CUDA"]
     extension = cpp_extension.CUDAExtension(
         "saelens_certify._cuda",
-        sources("ops/common.cpp", "ops/cuda/*.cu"),
+        sources("ops/common.cpp", "ops/checks.cpp", "ops/cuda/*.cu"),
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={"cxx": [*FLAGS, *defines], "nvcc": [*nvcc_flags, *defines]},
         # The runtime linked in stays inside: it must not answer for the one that torch loads.

@@ -10,19 +10,8 @@ namespace {
 
 DecodeArgs checked(Tensor values, Tensor indices, Tensor counts, Tensor weight, OptionalTensor bias,
                    OptionalTensor permutations, OptionalTensor target) {
-  check_tensor("values", values, ScalarType::Float, 2);
-  check_tensor("indices", indices, ScalarType::Int, 2);
-  check_tensor("counts", counts, ScalarType::Int, 1);
-  check_size("indices", indices, 0, values.size(0));
-  check_size("indices", indices, 1, values.size(1));
-  check_size("counts", counts, 0, values.size(0));
-  const Real type = check_real("weight", weight, 2);
-  check_vector("bias", bias, ScalarType::Float, weight.size(1));
-  if (target.has_value()) {
-    check_tensor("target", *target, ScalarType::Float, 2);
-    check_size("target", *target, 0, values.size(0));
-    check_size("target", *target, 1, weight.size(1));
-  }
+  const DecodeArgs args =
+      checked_decode(values, indices, counts, weight, bias, permutations, target);
   const int32_t* index = data_of<int32_t>(indices);
   const int32_t* count = data_of<int32_t>(counts);
   for (int64_t row = 0; row < values.size(0); ++row) {
@@ -34,17 +23,13 @@ DecodeArgs checked(Tensor values, Tensor indices, Tensor counts, Tensor weight, 
                       " in row ", row, ", but there are ", weight.size(0), " features");
     }
   }
-  if (permutations.has_value()) {
-    check_tensor("permutations", *permutations, ScalarType::Int, 2);
-    check_size("permutations", *permutations, 1, weight.size(0));
-    if (permutations->numel() > 0) {
-      const int32_t* feature = data_of<int32_t>(*permutations);
-      const auto [low, high] = std::minmax_element(feature, feature + permutations->numel());
-      STD_TORCH_CHECK(*low >= 0 && *high < weight.size(0), "permutations span ", *low, " to ",
-                      *high, ", expected features 0 to ", weight.size(0) - 1);
-    }
+  if (permutations.has_value() && permutations->numel() > 0) {
+    const int32_t* feature = data_of<int32_t>(*permutations);
+    const auto [low, high] = std::minmax_element(feature, feature + permutations->numel());
+    STD_TORCH_CHECK(*low >= 0 && *high < weight.size(0), "permutations span ", *low, " to ", *high,
+                    ", expected features 0 to ", weight.size(0) - 1);
   }
-  return {values, indices, counts, weight, bias, permutations, target, type};
+  return args;
 }
 
 Tensor decode(Tensor values, Tensor indices, Tensor counts, Tensor weight, OptionalTensor bias) {

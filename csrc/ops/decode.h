@@ -17,7 +17,15 @@ struct DecodeArgs {
   OptionalTensor permutations;  // int32 [n_permutations, d_sae]
   OptionalTensor target;        // float32 [tokens, d_out]
   Real weight_type;
+
+  int64_t tokens() const { return values.size(0); }
+  int64_t repeats() const { return permutations.has_value() ? permutations->size(0) : 1; }
+  int64_t d_out() const { return weight.size(1); }
 };
+
+// The arguments after the checks that every device makes; what indices hold is not looked at.
+DecodeArgs checked_decode(Tensor values, Tensor indices, Tensor counts, Tensor weight,
+                          OptionalTensor bias, OptionalTensor permutations, OptionalTensor target);
 
 // The reconstruction, and with a target the float64 sums over d_out, per row:
 // |target - x|^2, |target|^2, |x|^2, target.x, sum of target. Without one: no rows.

@@ -16,33 +16,15 @@ constexpr int64_t kColumnTile = 4096;
 constexpr int64_t kCandidateBytes = int64_t{1} << 25;
 
 EncodeArgs checked(EncodeArgs args) {
-  check_tensor("x", args.x, ScalarType::Float, 2);
-  args.weight_type = check_real("weight", args.weight, 2);
-  const int64_t d_sae = args.weight.size(0);
-  check_size("weight", args.weight, 1, args.x.size(1));
-  check_vector("bias", args.bias, ScalarType::Float, d_sae);
-  check_vector("scale", args.scale, ScalarType::Float, d_sae);
-  check_vector("theta", args.theta, ScalarType::Float, d_sae);
-  check_vector("gate_bias", args.gate_bias, ScalarType::Float, d_sae);
-  check_vector("weight_norms", args.weight_norms, ScalarType::Float, d_sae);
-  STD_TORCH_CHECK(args.screen_weight.has_value() == args.screen_error.has_value(),
-                  "screen_weight and screen_error must be given together");
+  args = checked_encode(args);
   if (args.screen_weight.has_value()) {
     // float16 products are slow on every CPU; float16 screening is for GPUs.
     check_tensor("screen_weight", *args.screen_weight, ScalarType::BFloat16, 2);
-    check_size("screen_weight", *args.screen_weight, 0, d_sae);
-    check_size("screen_weight", *args.screen_weight, 1, args.x.size(1));
-    check_vector("screen_error", args.screen_error, ScalarType::Float, d_sae);
   }
-  STD_TORCH_CHECK(d_sae >= 1 && d_sae < (int64_t{1} << 31), "weight has ", d_sae,
-                  " rows, expected 1 to 2^31 - 1 features");
-  STD_TORCH_CHECK(args.gemm_error >= 0, "gemm_error = ", args.gemm_error, " must not be negative");
-  STD_TORCH_CHECK(args.row_chunk >= 0 && args.column_tile >= 0, "row_chunk = ", args.row_chunk,
-                  " and column_tile = ", args.column_tile, " must not be negative (0: default)");
   if (args.row_chunk == 0) args.row_chunk = kRowChunk;
   if (args.column_tile == 0) args.column_tile = kColumnTile;
   args.row_chunk = std::max<int64_t>(1, std::min(args.row_chunk, args.tokens()));
-  args.column_tile = std::min(args.column_tile, d_sae);
+  args.column_tile = std::min(args.column_tile, args.d_sae());
   return args;
 }
 

@@ -31,6 +31,9 @@ struct EncodeArgs {
   int64_t d_sae() const { return weight.size(0); }
 };
 
+// The arguments after the checks that every device makes; sets the weights' type.
+EncodeArgs checked_encode(EncodeArgs args);
+
 // The slots of each row: scores, features, number in use.
 using Codes = std::tuple<Tensor, Tensor, Tensor>;
 

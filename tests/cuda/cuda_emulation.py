@@ -134,7 +134,7 @@ def library() -> Path:
     import torch
 
     base = Path(torch.__file__).parent
-    sources = [CSRC / "ops" / "common.cpp"]
+    sources = [CSRC / "ops" / name for name in ("common.cpp", "checks.cpp")]
     sources += sorted((CSRC / "ops" / "cuda").glob("*.cu"))
     sources += sorted((CSRC / "ops" / "cuda" / "host").glob("*.cpp"))
     return build(

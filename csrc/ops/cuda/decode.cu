@@ -4,56 +4,26 @@
 
 #include "ops/cuda/device.h"
 #include "ops/cuda/gather.cuh"
+#include "ops/decode.h"
 
 namespace saelens_certify {
 
 namespace {
 
-struct Checked {
-  Tensor values, indices, counts, weight;
-  OptionalTensor bias, permutations, target;
-  Real type;
-
-  int64_t tokens() const { return values.size(0); }
-  int64_t repeats() const { return permutations.has_value() ? permutations->size(0) : 1; }
-  int64_t d_out() const { return weight.size(1); }
-};
-
-Checked checked(Tensor values, Tensor indices, Tensor counts, Tensor weight, OptionalTensor bias,
-                OptionalTensor permutations, OptionalTensor target) {
-  check_tensor("values", values, ScalarType::Float, 2);
-  check_tensor("indices", indices, ScalarType::Int, 2);
-  check_tensor("counts", counts, ScalarType::Int, 1);
-  check_size("indices", indices, 0, values.size(0));
-  check_size("indices", indices, 1, values.size(1));
-  check_size("counts", counts, 0, values.size(0));
-  const Real type = check_real("weight", weight, 2);
-  check_vector("bias", bias, ScalarType::Float, weight.size(1));
-  if (permutations.has_value()) {
-    check_tensor("permutations", *permutations, ScalarType::Int, 2);
-    check_size("permutations", *permutations, 1, weight.size(0));
-  }
-  if (target.has_value()) {
-    check_tensor("target", *target, ScalarType::Float, 2);
-    check_size("target", *target, 0, values.size(0));
-    check_size("target", *target, 1, weight.size(1));
-  }
-  check_device("indices", indices, values);
-  check_device("counts", counts, values);
-  check_device("weight", weight, values);
-  check_device("bias", bias, values);
-  check_device("permutations", permutations, values);
-  check_device("target", target, values);
+DecodeArgs checked(Tensor values, Tensor indices, Tensor counts, Tensor weight, OptionalTensor bias,
+                   OptionalTensor permutations, OptionalTensor target) {
+  const DecodeArgs args =
+      checked_decode(values, indices, counts, weight, bias, permutations, target);
   STD_TORCH_CHECK(weight.size(1) < (int64_t{1} << 30), "weight has ", weight.size(1), " columns");
   STD_TORCH_CHECK(weight.size(0) < (int64_t{1} << 31), "weight has ", weight.size(0),
                   " rows, more than int32 indices can name");
-  return {values, indices, counts, weight, bias, permutations, target, type};
+  return args;
 }
 
 // Either result may be missing.
-void decode_into(const Checked& args, const OptionalTensor& x_hat, const OptionalTensor& stats) {
+void decode_into(const DecodeArgs& args, const OptionalTensor& x_hat, const OptionalTensor& stats) {
   const DeviceScope device(args.values);
-  with_type(args.type, [&](auto* type) {
+  with_type(args.weight_type, [&](auto* type) {
     using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
     Gather<T> gather;
     gather.values = data_of<float>(args.values);
@@ -90,7 +60,8 @@ void decode_into(const Checked& args, const OptionalTensor& x_hat, const Optiona
 }
 
 Tensor decode(Tensor values, Tensor indices, Tensor counts, Tensor weight, OptionalTensor bias) {
-  const Checked args = checked(values, indices, counts, weight, bias, std::nullopt, std::nullopt);
+  const DecodeArgs args =
+      checked(values, indices, counts, weight, bias, std::nullopt, std::nullopt);
   Tensor x_hat = empty_tensor({args.tokens(), args.d_out()}, ScalarType::Float, values);
   decode_into(args, x_hat, std::nullopt);
   return x_hat;
@@ -98,7 +69,7 @@ Tensor decode(Tensor values, Tensor indices, Tensor counts, Tensor weight, Optio
 
 std::tuple<Tensor, Tensor> decode_stats(Tensor values, Tensor indices, Tensor counts, Tensor weight,
                                         OptionalTensor bias, Tensor target) {
-  const Checked args = checked(values, indices, counts, weight, bias, std::nullopt, target);
+  const DecodeArgs args = checked(values, indices, counts, weight, bias, std::nullopt, target);
   Tensor x_hat = empty_tensor({args.tokens(), args.d_out()}, ScalarType::Float, values);
   Tensor stats = empty_tensor({args.tokens(), 5}, ScalarType::Double, values);
   decode_into(args, x_hat, stats);
@@ -107,7 +78,8 @@ std::tuple<Tensor, Tensor> decode_stats(Tensor values, Tensor indices, Tensor co
 
 Tensor decode_permuted(Tensor values, Tensor indices, Tensor counts, Tensor weight,
                        OptionalTensor bias, Tensor permutations) {
-  const Checked args = checked(values, indices, counts, weight, bias, permutations, std::nullopt);
+  const DecodeArgs args =
+      checked(values, indices, counts, weight, bias, permutations, std::nullopt);
   Tensor x_hat =
       empty_tensor({args.repeats(), args.tokens(), args.d_out()}, ScalarType::Float, values);
   decode_into(args, x_hat, std::nullopt);
@@ -116,7 +88,7 @@ Tensor decode_permuted(Tensor values, Tensor indices, Tensor counts, Tensor weig
 
 Tensor decode_permuted_stats(Tensor values, Tensor indices, Tensor counts, Tensor weight,
                              OptionalTensor bias, Tensor permutations, Tensor target) {
-  const Checked args = checked(values, indices, counts, weight, bias, permutations, target);
+  const DecodeArgs args = checked(values, indices, counts, weight, bias, permutations, target);
   Tensor stats = empty_tensor({args.repeats(), args.tokens(), 5}, ScalarType::Double, values);
   decode_into(args, std::nullopt, stats);
   return stats;

@@ -33,40 +33,6 @@ int64_t power_of_two_from(int64_t n) {
   return power;
 }
 
-EncodeArgs checked(EncodeArgs args) {
-  check_tensor("x", args.x, ScalarType::Float, 2);
-  args.weight_type = check_real("weight", args.weight, 2);
-  const int64_t d_sae = args.weight.size(0);
-  check_size("weight", args.weight, 1, args.x.size(1));
-  check_device("weight", args.weight, args.x);
-  const std::pair<const char*, OptionalTensor> vectors[] = {{"bias", args.bias},
-                                                            {"scale", args.scale},
-                                                            {"theta", args.theta},
-                                                            {"gate_bias", args.gate_bias},
-                                                            {"weight_norms", args.weight_norms},
-                                                            {"screen_error", args.screen_error}};
-  for (const auto& [name, vector] : vectors) {
-    check_vector(name, vector, ScalarType::Float, d_sae);
-    check_device(name, vector, args.x);
-  }
-  STD_TORCH_CHECK(args.screen_weight.has_value() == args.screen_error.has_value(),
-                  "screen_weight and screen_error must be given together");
-  if (args.screen_weight.has_value()) {
-    const Real type = check_real("screen_weight", *args.screen_weight, 2);
-    STD_TORCH_CHECK(type != Real::kFloat32,
-                    "screen_weight has type Float, expected BFloat16 or Half");
-    check_size("screen_weight", *args.screen_weight, 0, d_sae);
-    check_size("screen_weight", *args.screen_weight, 1, args.x.size(1));
-    check_device("screen_weight", args.screen_weight, args.x);
-  }
-  STD_TORCH_CHECK(d_sae >= 1 && d_sae < (int64_t{1} << 31), "weight has ", d_sae,
-                  " rows, expected 1 to 2^31 - 1 features");
-  STD_TORCH_CHECK(args.gemm_error >= 0, "gemm_error = ", args.gemm_error, " must not be negative");
-  STD_TORCH_CHECK(args.row_chunk >= 0 && args.column_tile >= 0, "row_chunk = ", args.row_chunk,
-                  " and column_tile = ", args.column_tile, " must not be negative (0: default)");
-  return args;
-}
-
 // Rows and features at a time, so that no buffer exceeds its limit.
 EncodeArgs within_memory(EncodeArgs args, int64_t list_bytes) {
   int64_t rows = args.row_chunk == 0 ? kRowChunk : args.row_chunk;
@@ -286,8 +252,9 @@ TopCodes topk_encode(Tensor x, Tensor weight, Tensor bias, OptionalTensor scale,
                      OptionalTensor screen_weight, OptionalTensor screen_error,
                      OptionalTensor pool_bits, int64_t k, double gemm_error, int64_t row_chunk,
                      int64_t column_tile) {
-  EncodeArgs args = checked({x, weight, bias, scale, theta, gate_bias, weight_norms, screen_weight,
-                             screen_error, gemm_error, row_chunk, column_tile, Real::kFloat32});
+  EncodeArgs args =
+      checked_encode({x, weight, bias, scale, theta, gate_bias, weight_norms, screen_weight,
+                      screen_error, gemm_error, row_chunk, column_tile, Real::kFloat32});
   check_vector("pool_bits", pool_bits, ScalarType::Int, (args.d_sae() + 31) / 32);
   check_device("pool_bits", pool_bits, x);
   STD_TORCH_CHECK(k >= 1 && k <= args.d_sae(), "k = ", k, " must lie between 1 and ", args.d_sae());
@@ -336,8 +303,9 @@ Codes threshold_encode(Tensor x, Tensor weight, Tensor bias, OptionalTensor scal
                        OptionalTensor theta, OptionalTensor gate_bias, Tensor weight_norms,
                        OptionalTensor screen_weight, OptionalTensor screen_error, int64_t capacity,
                        double gemm_error, int64_t row_chunk, int64_t column_tile) {
-  EncodeArgs args = checked({x, weight, bias, scale, theta, gate_bias, weight_norms, screen_weight,
-                             screen_error, gemm_error, row_chunk, column_tile, Real::kFloat32});
+  EncodeArgs args =
+      checked_encode({x, weight, bias, scale, theta, gate_bias, weight_norms, screen_weight,
+                      screen_error, gemm_error, row_chunk, column_tile, Real::kFloat32});
   STD_TORCH_CHECK(capacity >= 0, "capacity = ", capacity, " must not be negative");
   args = within_memory(args, kPending * int64_t{sizeof(int32_t)});
   CudaEncoder encoder(args, std::nullopt);

@@ -1,0 +1,69 @@
+// Argument checks that operators on the CPU and on CUDA share.
+#include <utility>
+
+#include "ops/decode.h"
+#include "ops/encode.h"
+
+namespace saelens_certify {
+
+EncodeArgs checked_encode(EncodeArgs args) {
+  check_tensor("x", args.x, ScalarType::Float, 2);
+  args.weight_type = check_real("weight", args.weight, 2);
+  const int64_t d_sae = args.weight.size(0);
+  check_size("weight", args.weight, 1, args.x.size(1));
+  check_device("weight", args.weight, args.x);
+  const std::pair<const char*, OptionalTensor> vectors[] = {{"bias", args.bias},
+                                                            {"scale", args.scale},
+                                                            {"theta", args.theta},
+                                                            {"gate_bias", args.gate_bias},
+                                                            {"weight_norms", args.weight_norms},
+                                                            {"screen_error", args.screen_error}};
+  for (const auto& [name, vector] : vectors) {
+    check_vector(name, vector, ScalarType::Float, d_sae);
+    check_device(name, vector, args.x);
+  }
+  STD_TORCH_CHECK(args.screen_weight.has_value() == args.screen_error.has_value(),
+                  "screen_weight and screen_error must be given together");
+  if (args.screen_weight.has_value()) {
+    const Real type = check_real("screen_weight", *args.screen_weight, 2);
+    STD_TORCH_CHECK(type != Real::kFloat32,
+                    "screen_weight has type Float, expected BFloat16 or Half");
+    check_size("screen_weight", *args.screen_weight, 0, d_sae);
+    check_size("screen_weight", *args.screen_weight, 1, args.x.size(1));
+    check_device("screen_weight", args.screen_weight, args.x);
+  }
+  STD_TORCH_CHECK(d_sae >= 1 && d_sae < (int64_t{1} << 31), "weight has ", d_sae,
+                  " rows, expected 1 to 2^31 - 1 features");
+  STD_TORCH_CHECK(args.gemm_error >= 0, "gemm_error = ", args.gemm_error, " must not be negative");
+  STD_TORCH_CHECK(args.row_chunk >= 0 && args.column_tile >= 0, "row_chunk = ", args.row_chunk,
+                  " and column_tile = ", args.column_tile, " must not be negative (0: default)");
+  return args;
+}
+
+DecodeArgs checked_decode(Tensor values, Tensor indices, Tensor counts, Tensor weight,
+                          OptionalTensor bias, OptionalTensor permutations, OptionalTensor target) {
+  check_tensor("values", values, ScalarType::Float, 2);
+  check_tensor("indices", indices, ScalarType::Int, 2);
+  check_tensor("counts", counts, ScalarType::Int, 1);
+  check_size("indices", indices, 0, values.size(0));
+  check_size("indices", indices, 1, values.size(1));
+  check_size("counts", counts, 0, values.size(0));
+  const Real type = check_real("weight", weight, 2);
+  check_vector("bias", bias, ScalarType::Float, weight.size(1));
+  if (permutations.has_value()) {
+    check_tensor("permutations", *permutations, ScalarType::Int, 2);
+    check_size("permutations", *permutations, 1, weight.size(0));
+  }
+  if (target.has_value()) {
+    check_tensor("target", *target, ScalarType::Float, 2);
+    check_size("target", *target, 0, values.size(0));
+    check_size("target", *target, 1, weight.size(1));
+  }
+  const std::pair<const char*, OptionalTensor> others[] = {
+      {"indices", indices},           {"counts", counts}, {"weight", weight}, {"bias", bias},
+      {"permutations", permutations}, {"target", target}};
+  for (const auto& [name, tensor] : others) check_device(name, tensor, values);
+  return {values, indices, counts, weight, bias, permutations, target, type};
+}
+
+}  // namespace saelens_certify
