@@ -65,17 +65,53 @@ def check_pair(model: Any, sae: Any, adapter: SAEAdapter) -> None:
     """
     for hook in (adapter.input_hook, adapter.output_hook):
         check_hook(model, hook)
+    check_output_hook(model, adapter.output_hook)
+    check_model_name(model.cfg, sae.cfg.metadata)
+    check_stream_width(model.cfg, adapter.input_hook, adapter.d_in)
+
+
+def check_output_hook(model: Any, hook: str) -> None:
+    """Check that what is put at a hook of this model reaches everything that it should.
+
+    Raises:
+        CertifyError: If it does not.
+    """
     bridge = hasattr(model, "original_model")
-    if bridge and adapter.output_hook.endswith(".hook_resid_mid"):
+    if bridge and hook.endswith(".hook_resid_mid"):
         raise CertifyError(
-            f"on a TransformerBridge {adapter.output_hook} is the input of the MLP branch only: a "
+            f"on a TransformerBridge {hook} is the input of the MLP branch only: a "
             "reconstruction put there misses the residual stream. Use a HookedTransformer for this SAE"
         )
-    _check_model_name(model, sae)
-    if ".hook_resid_" in adapter.input_hook and adapter.d_in != int(model.cfg.d_model):
+
+
+def check_stream_width(model_config: Any, hook: str, d_in: int) -> None:
+    """Check that an SAE on the residual stream has the stream's width.
+
+    Raises:
+        CertifyError: If it has not.
+    """
+    if ".hook_resid_" in hook and d_in != int(model_config.d_model):
         raise CertifyError(
-            f"the SAE reads activations of width {adapter.d_in}, but {adapter.input_hook} of this "
-            f"model has width {int(model.cfg.d_model)}: the SAE belongs to another model"
+            f"the SAE reads activations of width {d_in}, but {hook} of this "
+            f"model has width {int(model_config.d_model)}: the SAE belongs to another model"
+        )
+
+
+def check_model_name(model_config: Any, metadata: Any) -> None:
+    """Check that an SAE was trained on this model, as far as both say where they come from.
+
+    Raises:
+        CertifyError: If they name different models.
+    """
+    trained_on = metadata.model_name
+    given = getattr(model_config, "model_name", None)
+    if not trained_on or not given or given == "custom" or Path(given).is_dir():
+        return  # nothing is known about where the weights come from
+    if _canonical(trained_on) != _canonical(given):
+        raise CertifyError(
+            f"the SAE's metadata says that it was trained on {trained_on!r}, the model is {given!r}; "
+            "load that model, or, if the two are the same weights under two names, set "
+            "sae.cfg.metadata.model_name to the model's name"
         )
 
 
@@ -102,19 +138,6 @@ def warn_about_bos(model: Any, sequences: Sequences, name: str) -> None:
             f"the {name} sequences do not begin with BOS although the model's convention "
             "(cfg.default_prepend_bos) asks for it; the certificate is about text without BOS",
             stacklevel=3,
-        )
-
-
-def _check_model_name(model: Any, sae: Any) -> None:
-    trained_on = sae.cfg.metadata.model_name
-    given = getattr(model.cfg, "model_name", None)
-    if not trained_on or not given or given == "custom" or Path(given).is_dir():
-        return  # nothing is known about where the weights come from
-    if _canonical(trained_on) != _canonical(given):
-        raise CertifyError(
-            f"the SAE's metadata says that it was trained on {trained_on!r}, the model is {given!r}; "
-            "load that model, or, if the two are the same weights under two names, set "
-            "sae.cfg.metadata.model_name to the model's name"
         )
 
 
