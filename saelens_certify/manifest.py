@@ -109,9 +109,10 @@ def build_manifest(
         "sae": {
             "id": sae_id,
             "architecture": adapter.architecture,
+            "encoder": type(adapter).__name__,
             "d_in": adapter.d_in,
             "d_sae": adapter.d_sae,
-            "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
+            "dtype": str(next(sae.parameters()).dtype).removeprefix("torch."),
             "device": str(adapter.device),
             "config": _plain(dict(adapter.config)),
             "self_check": dict(self_check),

@@ -88,7 +88,7 @@ def calibrate(
             counts = torch.zeros(adapter.d_sae, dtype=torch.int64, device=adapter.device)
             group = _encoded_together(x)
             for part, positions in zip(x.split(group), here.split(group), strict=True):
-                codes = adapter.encode(part[positions], coding, impl=config.impl)
+                codes = adapter.encode(part, coding, coded=positions, impl=config.impl)
                 ops.pool_count_(counts, codes.features, impl=config.impl)
             sums, n = _activation_sums(y, here)
             total[name] = total[name] + Calibration(
@@ -188,7 +188,9 @@ def _encode_group(
 ) -> tuple[Columns, list[_Run]]:
     adapter = subject.adapter
     pool_bits = subject.pool.bits(adapter.device)
-    codes = adapter.encode(x[coded], Coding.parse(config.coding), pool_bits, impl=config.impl)
+    codes = adapter.encode(
+        x, Coding.parse(config.coding), pool_bits, coded=coded, impl=config.impl
+    )
     outside = ops.count_outside(codes.features, pool_bits, impl=config.impl)
     per_token = _Scatter(coded)
     violation = (per_token(outside) > 0).any(dim=1)
@@ -234,13 +236,13 @@ def _reconstruct(
 ) -> _Run:
     """Decode a variant on the sequences of a batch on which it must be run."""
     coded = per_token.coded
-    features, token_scale = variant.rewrite(codes), codes.token_scale
+    features, token_map = variant.rewrite(codes), codes.token_map
     chosen = violation if variant.only_violations else torch.ones_like(violation)
     if not bool(chosen.all()):
         keep = chosen[:, None].expand_as(coded)[coded]
         features = features.select(keep)
-        token_scale = None if token_scale is None else token_scale.select(keep)
-    x_hat = subject.adapter.decode(features, token_scale, variant.decoder, impl=config.impl)
+        token_map = None if token_map is None else token_map.select(keep)
+    x_hat = subject.adapter.decode(features, token_map, variant.decoder, impl=config.impl)
     rows = chosen.nonzero().flatten()
     patch = y[rows]  # a copy: rows are indices
     scatter = _Scatter(coded[rows])
@@ -261,7 +263,7 @@ def _permuted_errors(
     if subject.error_permutations is None:
         return {}
     errors = subject.adapter.permuted_errors(
-        codes.features, codes.token_scale, subject.error_permutations, y, impl=config.impl
+        codes.features, codes.token_map, subject.error_permutations, y, impl=config.impl
     )
     columns = {
         f"{name}_error_permutations": [per_token.mean(error, first=first) for error in errors]

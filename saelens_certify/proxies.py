@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelens_certify.config import CertifyConfig
+from saelens_certify.errors import CertifyError
 from saelens_certify.ops import SparseCodes
 from saelens_certify.saes import Codes, SAEAdapter
 
@@ -74,7 +75,16 @@ def random_decoder(
         adapter: The SAE whose decoder is replaced.
         seed: Seed of the run.
         norm: ``"matched"``: each row has the norm of the row it replaces; ``"unit"``: norm 1.
+
+    Raises:
+        CertifyError: If norms are to be matched and the SAE has no decoder rows.
     """
+    if adapter.decoder is None:
+        raise CertifyError(
+            f"architecture {adapter.architecture!r} has no W_dec of shape [d_sae, d_out] = "
+            f"[{adapter.d_sae}, {adapter.d_out}] that a random decoder could take the place of; set "
+            "random_decoder=False"
+        )
     generator = torch.Generator().manual_seed(_stream_seed(seed, _DECODER_STREAM, 0))
     rows = torch.randn(adapter.d_sae, adapter.d_out, generator=generator)
     rows = rows / rows.norm(dim=-1, keepdim=True)

@@ -79,6 +79,11 @@ def check_hook(model: Any, name: str) -> None:
                     f"hook {name!r} did not fire: it is switched off: {error}"
                 ) from None
         return
+    if name.endswith(".mlp.hook_in"):
+        raise CertifyError(
+            f"a {type(model).__name__} has no hook {name!r}, the input of the MLP after its norm; load "
+            "the model as a TransformerBridge or a HookedSAETransformer, which have it"
+        )
     near = difflib.get_close_matches(name, sorted(names), n=4, cutoff=0.5)
     n_layers = getattr(model.cfg, "n_layers", None)
     raise CertifyError(

@@ -3,5 +3,7 @@
 from saelens_certify.saes.adapter import Codes, SAEAdapter
 from saelens_certify.saes.architectures import adapt
 from saelens_certify.saes.coding import Coding
+from saelens_certify.saes.fused import FusedAdapter
+from saelens_certify.saes.normalize import TokenMap
 
-__all__ = ["Codes", "Coding", "SAEAdapter", "adapt"]
+__all__ = ["Codes", "Coding", "FusedAdapter", "SAEAdapter", "TokenMap", "adapt"]

@@ -6,9 +6,11 @@ for one encode, so here they are returned and passed back.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -32,25 +34,51 @@ _REFUSED = {
 
 
 @dataclass(frozen=True)
-class TokenScale:
-    """What undoes the normalisation of each token: ``x = normalised * scale + shift``."""
+class TokenMap:
+    """What turns the decoded features of each token into its reconstruction.
 
-    scale: Float[Tensor, "tokens 1"]
-    shift: Float[Tensor, "tokens 1"] | None
+    ``x_hat = decoded * scale + shift``: undoes the normalisation, and adds what reaches the output
+    beside the features (the skip term of a transcoder, the part predicted from context).
 
-    def undo(self, x_hat: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
-        """Map a reconstruction in normalised units back to the units of the activation."""
-        out = x_hat * self.scale
+    Attributes:
+        scale: Factor of each token, or None for 1.
+        shift: Added to each token, or None for 0.
+    """
+
+    scale: Float[Tensor, "tokens 1"] | None = None
+    shift: Float[Tensor, "tokens 1"] | Float[Tensor, "tokens d_out"] | None = None
+
+    def apply(self, decoded: Float[Tensor, "tokens d_out"]) -> Float[Tensor, "tokens d_out"]:
+        """Map decoded features to the units of the activation."""
+        out = decoded if self.scale is None else decoded * self.scale
         return out if self.shift is None else out + self.shift
 
-    def select(self, rows: Bool[Tensor, " tokens"]) -> TokenScale:
-        """Keep the scales of some tokens."""
-        return TokenScale(self.scale[rows], None if self.shift is None else self.shift[rows])
+    def invert(self, x: Float[Tensor, "tokens d_out"]) -> Float[Tensor, "tokens d_out"]:
+        """Return what decoded features would have to be for the reconstruction to be ``x``."""
+        out = x if self.shift is None else x - self.shift
+        return out if self.scale is None else out / self.scale
+
+    def select(self, rows: Bool[Tensor, " tokens"]) -> TokenMap:
+        """Keep the maps of some tokens."""
+        parts = (None if part is None else part[rows] for part in (self.scale, self.shift))
+        return TokenMap(*parts)
+
+    @staticmethod
+    def cat(parts: Sequence[TokenMap | None]) -> TokenMap | None:
+        """Join the maps of consecutive tokens; all of them have the same terms."""
+        maps = [part for part in parts if part is not None]
+        if not maps:
+            return None
+        scales = [part.scale for part in maps if part.scale is not None]
+        shifts = [part.shift for part in maps if part.shift is not None]
+        return TokenMap(
+            torch.cat(scales) if scales else None, torch.cat(shifts) if shifts else None
+        )
 
 
 def normalize(
     x: Float[Tensor, "tokens d_in"], mode: Mode
-) -> tuple[Float[Tensor, "tokens d_in"], TokenScale | None]:
+) -> tuple[Float[Tensor, "tokens d_in"], TokenMap | None]:
     """Normalise each token as SAELens does for ``mode``.
 
     Args:
@@ -66,10 +94,10 @@ def normalize(
         mean = x.mean(dim=-1, keepdim=True)
         centred = x - mean
         std = centred.std(dim=-1, keepdim=True)
-        return centred / (std + _LAYER_NORM_EPS), TokenScale(scale=std, shift=mean)
+        return centred / (std + _LAYER_NORM_EPS), TokenMap(scale=std, shift=mean)
     norm = x.norm(dim=-1, keepdim=True)
     root_d = x.shape[-1] ** 0.5
-    return x * (root_d / norm), TokenScale(scale=norm / root_d, shift=None)
+    return x * (root_d / norm), TokenMap(scale=norm / root_d, shift=None)
 
 
 def check_mode(mode: str) -> Mode:
