@@ -2,61 +2,203 @@
 
 from __future__ import annotations
 
-import difflib
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saelens_certify.errors import CertifyError
+from sae_lens import SAE
+
+from saelens_certify.saes.architectures import check_config
+from saelens_certify.saes.checkpoint import (
+    DTYPES,
+    FLOAT32_LOADERS,
+    WEIGHTS_FILE,
+    check_dtype,
+    file_dtype,
+    holds,
+    observing_loader,
+    published_dtype,
+)
+from saelens_certify.saes.own_classes import OWN_CLASSES
+from saelens_certify.saes.sources import (
+    SAESpec,
+    check_decoders,
+    parse_spec,
+    read_config,
+    reading,
+    sae_folder,
+)
+from saelens_certify.saes.sparsify import is_sparsify_folder, load_sparsify
+
+SPARSIFY_WEIGHTS = "sae.safetensors"
 
 
-def load_sae(spec: Any, device: str = "cpu") -> tuple[Any, str | None]:
-    """Load an SAE in the dtype of its checkpoint.
+@dataclass(frozen=True)
+class LoadedSAE:
+    """An SAE and where it came from.
 
-    Args:
-        spec: A SAELens SAE (returned as it is), a folder with ``cfg.json`` and
-            ``sae_weights.safetensors``, or ``"release/sae_id"``.
-        device: Where to put a loaded SAE.
+    Attributes:
+        sae: The SAELens object.
+        name: What it was asked for by; None for a live object.
+        release: SAELens release or Hugging Face repository, if it came from one.
+        sae_id: Its id there.
+        checkpoint_dtype: Dtype in which the checkpoint stores it; None if that is not known.
+    """
+
+    sae: Any
+    name: str | None = None
+    release: str | None = None
+    sae_id: str | None = None
+    checkpoint_dtype: str | None = None
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype in which the SAE computes."""
+        return str(next(self.sae.parameters()).dtype).removeprefix("torch.")
+
+    def origin(self) -> dict[str, str | None]:
+        """Return what a manifest records beside the name, as plain JSON values."""
+        return {
+            "release": self.release,
+            "sae_id": self.sae_id,
+            "checkpoint_dtype": self.checkpoint_dtype,
+        }
+
+
+def load_sae(spec: Any, device: str = "cpu", dtype: str | None = None) -> tuple[Any, str | None]:
+    """Load an SAE; see `open_sae`.
 
     Returns:
         The SAE, and the name by which it was asked for.
+    """
+    loaded = open_sae(spec, device, dtype)
+    return loaded.sae, loaded.name
+
+
+def open_sae(spec: Any, device: str = "cpu", dtype: str | None = None) -> LoadedSAE:
+    """Load an SAE in the dtype of its checkpoint, with where it came from.
+
+    SAELens loads published SAEs in float32 and folders in the dtype that their ``cfg.json`` names,
+    whatever the file holds. Here the file decides; a change is a warning.
+
+    Args:
+        spec: A SAELens SAE (returned as it is), a folder with ``cfg.json`` and
+            ``sae_weights.safetensors``, a folder of EleutherAI's sparsify, a `SAESpec`,
+            ``"release/sae_id"`` or ``"owner/repository/folder"``.
+        device: Where to put a loaded SAE.
+        dtype: Dtype to load it in, in place of the checkpoint's.
+
+    Returns:
+        The SAE and its origin.
 
     Raises:
-        CertifyError: If there is no such folder, release or id.
+        CertifyError: If there is no such folder, release or id; or, before weights are fetched, if
+            the configuration cannot be certified.
     """
+    if dtype is not None:
+        dtype = check_dtype(dtype)
+    if isinstance(spec, SAESpec):
+        return _published(spec, device, dtype)
     if not isinstance(spec, (str, Path)):
-        return spec, None
-    from sae_lens import SAE
+        return LoadedSAE(spec)
+    if Path(spec).is_dir():
+        return _from_folder(sae_folder(spec), str(spec), device, dtype)
+    return _published(parse_spec(str(spec)), device, dtype)
 
-    folder = Path(spec)
-    if folder.is_dir():
-        if not (folder / "cfg.json").exists():
-            inside = sorted(p.parent.name for p in folder.glob("*/cfg.json"))
-            hint = f"; it holds SAE folders {', '.join(inside[:4])}" if inside else ""
-            raise CertifyError(f"{str(spec)!r} is no SAE folder: it has no cfg.json{hint}")
-        return SAE.load_from_disk(folder, device=device), str(spec)
-    release, _, sae_id = str(spec).partition("/")
-    if not sae_id or str(spec).startswith((".", "/", "~")):
-        raise CertifyError(
-            f"SAE {str(spec)!r} is neither an existing folder nor of the form 'release/sae_id', "
-            "e.g. 'gpt2-small-res-jb/blocks.6.hook_resid_pre'"
+
+def check_source(source: Path | SAESpec) -> tuple[Any, bool]:
+    """Check all that an SAE's configuration tells by itself; no weights of published SAEs are fetched.
+
+    Returns:
+        The configuration, and whether SAELens folds a scale into the weights while it loads them.
+
+    Raises:
+        CertifyError: With the reason, if it cannot be certified.
+    """
+    if isinstance(source, SAESpec):
+        check_decoders(source)
+    elif is_sparsify_folder(source):
+        return load_sparsify(source).cfg, False
+    config, folds = read_config(source)
+    check_config(config)
+    return config, folds
+
+
+def _from_folder(folder: Path, name: str, device: str, dtype: str | None) -> LoadedSAE:
+    if is_sparsify_folder(folder):
+        stored = file_dtype(folder / SPARSIFY_WEIGHTS)
+        sae = load_sparsify(folder, device=device, dtype=dtype or stored)
+        return _reported(LoadedSAE(sae, name, checkpoint_dtype=stored), None)
+    config, _ = check_source(folder)
+    own = OWN_CLASSES.get(config.architecture(), SAE)
+    declared = check_dtype(config.dtype)
+    with reading(folder):
+        stored = file_dtype(folder / WEIGHTS_FILE)
+        target = dtype or _natural(declared, stored)
+        sae = own.load_from_disk(folder, device=device, dtype=target)
+    return _reported(
+        LoadedSAE(sae, name, checkpoint_dtype=stored), declared, None if dtype else declared
+    )
+
+
+def _published(spec: SAESpec, device: str, dtype: str | None) -> LoadedSAE:
+    config, folds = check_source(spec)
+    # Other loaders than SAELens's own make the configuration up.
+    declared = check_dtype(config.dtype) if spec.loader == "sae_lens" else None
+    seen: list[str] = []
+    with reading(spec):
+        stored = published_dtype(spec)
+        target = dtype or _natural(declared, stored)
+        if dtype is None and (spec.loader in FLOAT32_LOADERS or folds):
+            # A factor is multiplied into the weights: 16 bits would round it.
+            target = target if folds and holds(target, "float32") else "float32"
+        sae = SAE.from_pretrained(
+            spec.release,
+            spec.sae_id,
+            device=device,
+            dtype=target,
+            converter=observing_loader(spec, seen),
         )
-    _check_registered(release, sae_id)
-    return SAE.from_pretrained(release, sae_id, device=device), str(spec)
+    if seen:
+        stored = seen[0]
+        if dtype is None and not folds and stored != target:
+            sae = sae.to(dtype=DTYPES[stored])
+    loaded = LoadedSAE(sae, str(spec), spec.release, spec.sae_id, stored)
+    return _reported(loaded, declared, None if dtype else "float32")
 
 
-def _check_registered(release: str, sae_id: str) -> None:
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+def _natural(declared: str | None, stored: str | None) -> str:
+    """Choose what the configuration declares if that keeps every weight, else what the file holds."""
+    if declared is not None and (stored is None or holds(declared, stored)):
+        return declared
+    return stored or "float32"
 
-    directory = get_pretrained_saes_directory()
-    if release not in directory:
-        near = difflib.get_close_matches(release, list(directory), n=4)
-        raise CertifyError(
-            f"SAELens knows no release {release!r} and there is no such folder"
-            + (f"; near releases: {', '.join(near)}" if near else "")
+
+def _reported(loaded: LoadedSAE, declared: str | None, saelens: str | None = None) -> LoadedSAE:
+    """Warn where the SAE computes in another dtype than its checkpoint, or than SAELens would choose.
+
+    Args:
+        loaded: The SAE.
+        declared: The dtype that the checkpoint's own configuration names.
+        saelens: The dtype in which SAELens loads it by default, if nobody asked for another.
+    """
+    stored, used = loaded.checkpoint_dtype, loaded.dtype
+    text = None
+    if stored is None:
+        text = f"nothing tells in which dtype its checkpoint is stored; it was loaded in {used}"
+    elif not holds(used, stored):
+        text = f"its checkpoint is stored in {stored}; loading it in {used} rounded its weights"
+    elif used not in (stored, declared):
+        text = (
+            f"its checkpoint is stored in {stored} and was loaded in {used}, which changes no weight "
+            "but the arithmetic"
         )
-    ids = list(directory[release].saes_map)
-    if sae_id not in ids:
-        near = difflib.get_close_matches(sae_id, ids, n=4) or ids[:4]
-        raise CertifyError(
-            f"release {release!r} has no SAE {sae_id!r}; it has {len(ids)}, e.g. {', '.join(near)}"
+    elif saelens not in (None, used):
+        text = (
+            f"it was loaded in {used}, as it was saved; SAELens by itself would cast it to {saelens} "
+            f"(dtype={saelens!r}, or --sae_dtype {saelens}, does so too)"
         )
+    if text is not None:
+        warnings.warn(f"SAE {loaded.name!r}: {text}", stacklevel=4)
+    return loaded
