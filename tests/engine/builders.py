@@ -6,15 +6,8 @@ import functools
 import warnings
 from typing import Any
 
+import sae_lens
 import torch
-from sae_lens import (
-    JumpReLUSAE,
-    JumpReLUSAEConfig,
-    StandardSAE,
-    StandardSAEConfig,
-    TopKSAE,
-    TopKSAEConfig,
-)
 from sae_lens.saes.sae import SAEMetadata
 from tokenizers import Tokenizer, models
 from torch import Tensor
@@ -78,28 +71,77 @@ def gpt2_bridge() -> Any:
     )  # fmt: skip
 
 
-def make_sae(kind: str = "topk", hook: str = "blocks.1.hook_resid_post", **overrides: Any) -> Any:
-    """A random SAE of the kind, roughly reconstructing (tied directions)."""
-    metadata = SAEMetadata(hook_name=hook, model_name=None)
-    common: dict[str, Any] = {
-        "d_in": D_MODEL, "d_sae": D_SAE, "device": "cpu", "dtype": "float32", "metadata": metadata,
+FACTORIES: dict[str, tuple[type, type]] = {
+    "standard": (sae_lens.StandardSAE, sae_lens.StandardSAEConfig),
+    "topk": (sae_lens.TopKSAE, sae_lens.TopKSAEConfig),
+    "abstopk": (sae_lens.AbsTopKSAE, sae_lens.AbsTopKSAEConfig),
+    "jumprelu": (sae_lens.JumpReLUSAE, sae_lens.JumpReLUSAEConfig),
+    "gated": (sae_lens.GatedSAE, sae_lens.GatedSAEConfig),
+    "matching_pursuit": (sae_lens.MatchingPursuitSAE, sae_lens.MatchingPursuitSAEConfig),
+    "temporal": (sae_lens.TemporalSAE, sae_lens.TemporalSAEConfig),
+    "transcoder": (sae_lens.Transcoder, sae_lens.TranscoderConfig),
+    "skip_transcoder": (sae_lens.SkipTranscoder, sae_lens.SkipTranscoderConfig),
+    "jumprelu_transcoder": (sae_lens.JumpReLUTranscoder, sae_lens.JumpReLUTranscoderConfig),
+    "jumprelu_skip_transcoder": (
+        sae_lens.JumpReLUSkipTranscoder,
+        sae_lens.JumpReLUSkipTranscoderConfig,
+    ),
+}
+"""SAELens's inference classes by architecture, each with its configuration."""
+
+TRANSCODERS = tuple(kind for kind in FACTORIES if "transcoder" in kind)
+
+
+def make_sae(
+    kind: str = "topk",
+    hook: str = "blocks.1.hook_resid_post",
+    hook_out: str | None = None,
+    **overrides: Any,
+) -> Any:
+    """A random SAE of the kind, roughly reconstructing (tied directions), with every term at work."""
+    settings: dict[str, Any] = {
+        "d_in": D_MODEL, "d_sae": D_SAE, "device": "cpu", "dtype": "float32",
+        "metadata": SAEMetadata(hook_name=hook, model_name=None),
     }  # fmt: skip
-    common |= overrides
-    torch.manual_seed(3)
-    if kind == "topk":
-        sae: Any = TopKSAE(TopKSAEConfig(**{"k": 8, **common}))
-    elif kind == "jumprelu":
-        sae = JumpReLUSAE(JumpReLUSAEConfig(**common))
-        sae.threshold.data.uniform_(-0.1, 0.6)
-    else:
-        sae = StandardSAE(StandardSAEConfig(**common))
-    with torch.no_grad():
-        sae.W_dec.data = torch.nn.functional.normalize(torch.randn_like(sae.W_dec), dim=-1)
-        sae.W_dec.data *= 1 + 0.3 * torch.rand(sae.W_dec.shape[0], 1)
-        sae.W_enc.data = sae.W_dec.data.T.contiguous()
-        sae.b_dec.data.normal_(std=0.1)
-        sae.b_enc.data.normal_(mean=-0.2, std=0.1)
+    if kind in ("topk", "abstopk"):
+        settings["k"] = 8
+    if kind == "temporal":
+        # Attention over features, in heads that must divide d_sae.
+        settings |= {"n_heads": 2, "bottleneck_factor": 8, "kval_topk": 6}
+    if kind == "matching_pursuit":
+        settings["max_iterations"] = 6
+    if kind in TRANSCODERS:
+        settings |= {"d_out": overrides.get("d_in", D_MODEL), "apply_b_dec_to_input": False}
+        settings["metadata"].hook_name_out = hook_out or "blocks.1.hook_mlp_out"
+    sae_class, config_class = FACTORIES[kind]
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        sae: Any = sae_class(config_class(**{**settings, **overrides}))
+        _fill(sae, kind)
     return sae
+
+
+@torch.no_grad()
+def _fill(sae: Any, kind: str) -> None:
+    if kind == "jumprelu":
+        sae.threshold.data.uniform_(-0.1, 0.6)
+    sae.W_dec.data = torch.nn.functional.normalize(torch.randn_like(sae.W_dec), dim=-1)
+    if kind != "matching_pursuit":
+        sae.W_dec.data *= 1 + 0.3 * torch.rand(sae.W_dec.shape[0], 1).to(sae.W_dec)
+    if kind not in ("matching_pursuit", "temporal"):
+        square = sae.W_dec.shape[1] == sae.W_enc.shape[0]
+        sae.W_enc.data = sae.W_dec.data.T.contiguous() if square else sae.W_enc.data
+    sae.b_dec.data.normal_(std=0.1)
+    if getattr(sae, "b_enc", None) is not None:
+        sae.b_enc.data.normal_(mean=-0.2, std=0.1)
+    if kind == "gated":
+        sae.b_gate.data.normal_(mean=-0.2, std=0.3)
+        sae.b_mag.data.normal_(mean=0.1, std=0.3)
+        sae.r_mag.data.normal_(std=0.4)
+    if "jumprelu_" in kind:
+        sae.threshold.data.uniform_(-0.1, 0.6)
+    if "skip" in kind:
+        sae.W_skip.data.normal_(std=0.2)
 
 
 def make_tokens(n: int, seed: int, length: int = SEQ_LEN) -> Tensor:

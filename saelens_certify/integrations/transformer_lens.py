@@ -1,0 +1,172 @@
+"""Proxies of an SAE as hooks for any TransformerLens model: what a certificate measures, to look at."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saelens_certify.errors import CertifyError
+from saelens_certify.ops import Impl
+from saelens_certify.pool import Pool
+from saelens_certify.proxies import (
+    Variant,
+    all_features,
+    permuted,
+    pool_restricted,
+    random_decoder,
+)
+from saelens_certify.saes import Coding, SAEAdapter, adapt
+
+Hook = tuple[str, Callable[..., Tensor | None]]
+
+
+def proxy_hooks(
+    sae: Any,
+    variant: str | Variant = "sae",
+    pool: Any = None,
+    *,
+    coding: str = "native",
+    coded: Bool[Tensor, "batch pos"] | None = None,
+    seed: int = 0,
+    impl: Impl = "auto",
+) -> list[Hook]:
+    """Return ``fwd_hooks`` that put a proxy in place of the activation that an SAE explains.
+
+    For any ``run_with_hooks`` of a HookedTransformer or a TransformerBridge. Unlike SAELens's own
+    splice, skip terms are part of the reconstruction, and a transcoder whose input hook did not fire
+    is an error. The hooks may be used in several threads and any number of times; no gradient flows
+    through them.
+
+    Args:
+        sae: A SAELens SAE, or its adapter. It is not changed.
+        variant: ``"sae"``: S∘M, all features. ``"pool"``: h_G, features outside the pool masked.
+            ``"permuted_R"``: the R-th feature permutation of the seed. ``"random_decoder"``: random
+            directions of the rows' norms. Or a `Variant`.
+        pool: The concept pool of ``"pool"``: a `Pool`, a mask over features, or a `Certificate`.
+        coding: Coding rule, as in `CertifyConfig`.
+        coded: Positions that the proxy replaces; None for all.
+        seed: Seed of permutations and random decoders, as in `CertifyConfig`.
+        impl: Which operators run.
+
+    Returns:
+        One hook, or two where the SAE reads and writes at different places.
+
+    Raises:
+        CertifyError: If the variant is unknown, or a pool is missing or of another SAE.
+    """
+    adapter = sae if isinstance(sae, SAEAdapter) else adapt(sae)
+    splice = _Splice(
+        adapter, _variant(adapter, variant, seed), _pool_of(pool, adapter), Coding.parse(coding), coded, impl
+    )  # fmt: skip
+    if splice.pool is None and splice.variant.only_violations:
+        raise CertifyError(
+            "variant 'pool' needs pool=, the features that may be used; pass a certificate, a Pool or a "
+            "mask over features"
+        )
+    if adapter.input_hook == adapter.output_hook:
+        return [(adapter.output_hook, splice.replace_itself)]
+    return [(adapter.input_hook, splice.note_input), (adapter.output_hook, splice.replace)]
+
+
+class _Splice:
+    """The hook functions of one proxy."""
+
+    def __init__(
+        self,
+        adapter: SAEAdapter,
+        variant: Variant,
+        pool: Pool | None,
+        coding: Coding,
+        coded: Bool[Tensor, "batch pos"] | None,
+        impl: Impl,
+    ) -> None:
+        self.adapter, self.variant, self.pool = adapter, variant, pool
+        self.coding, self.coded, self.impl = coding, coded, impl
+        self._input = threading.local()  # between the two hooks of a transcoder
+
+    def replace_itself(self, activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG002 - TL's signature
+        return self._spliced(activation, activation)
+
+    def note_input(self, activation: Tensor, hook: Any) -> None:  # noqa: ARG002 - TL's signature
+        self._input.value = activation
+
+    def replace(self, activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG002 - TL's signature
+        x = self._input.__dict__.pop("value", None)
+        if x is None:
+            raise CertifyError(
+                f"hook {self.adapter.input_hook!r}, which the transcoder reads, did not fire before "
+                f"{self.adapter.output_hook!r}; some hooks are off by default (e.g. hook_mlp_in needs "
+                "model.set_use_hook_mlp_in(True))"
+            )
+        return self._spliced(x, activation)
+
+    def _spliced(
+        self, x: Float[Tensor, "batch pos ..."], activation: Float[Tensor, "batch pos ..."]
+    ) -> Float[Tensor, "batch pos ..."]:
+        adapter = self.adapter
+        coded = self.coded
+        if coded is None:
+            coded = torch.ones(activation.shape[:2], dtype=torch.bool, device=activation.device)
+        if coded.shape != activation.shape[:2]:
+            raise CertifyError(
+                f"coded has shape {tuple(coded.shape)}, the activation at {adapter.output_hook} has "
+                f"{tuple(activation.shape[:2])} sequences and positions"
+            )
+        width = x[0, 0].numel()
+        if width != adapter.d_in:
+            raise CertifyError(
+                f"the activation at {adapter.input_hook} has width {width}, the SAE expects "
+                f"{adapter.d_in}; it belongs to another hook or another model"
+            )
+        bits = None if self.pool is None else self.pool.bits(adapter.device)
+        codes = adapter.encode(
+            x.flatten(2), self.coding, bits, coded=coded.to(adapter.device), impl=self.impl
+        )
+        x_hat = adapter.decode(
+            self.variant.rewrite(codes), codes.token_map, self.variant.decoder, impl=self.impl
+        )
+        spliced = activation.flatten(2).clone()
+        spliced[coded.to(spliced.device)] = x_hat.to(spliced)
+        return spliced.reshape(activation.shape)
+
+
+def _variant(adapter: SAEAdapter, variant: str | Variant, seed: int) -> Variant:
+    if isinstance(variant, Variant):
+        return variant
+    if variant == "sae":
+        return all_features()
+    if variant == "pool":
+        return pool_restricted()
+    if variant == "random_decoder":
+        return random_decoder(adapter, seed)
+    permutation = re.fullmatch(r"permuted_(\d+)", variant)
+    if permutation is None:
+        raise CertifyError(
+            f"unknown variant {variant!r}; use 'sae', 'pool', 'permuted_0' (1, 2, ...), "
+            "'random_decoder' or a Variant"
+        )
+    return permuted(adapter.d_sae, seed, int(permutation.group(1)))
+
+
+def _pool_of(pool: Any, adapter: SAEAdapter) -> Pool | None:
+    pool = getattr(pool, "pool", pool)
+    if pool is None:
+        return None
+    if isinstance(pool, Tensor):
+        pool = Pool(pool.bool().cpu())
+    if not isinstance(pool, Pool):
+        raise CertifyError(
+            f"pool is a {type(pool).__name__}; pass a certificate, a Pool or a mask over features"
+        )
+    if pool.mask.shape != (adapter.d_sae,):
+        raise CertifyError(
+            f"the pool has {tuple(pool.mask.shape)} entries, the SAE {adapter.d_sae} features; it was "
+            "made for another SAE"
+        )
+    return pool
