@@ -111,7 +111,7 @@ def input_and_output_hook(config: Any) -> tuple[str, str]:
     if hook.endswith(".hook_mlp_in") and after_norm:
         hook = hook.removesuffix("hook_mlp_in") + "mlp.hook_in"
     output = metadata.hook_name_out or hook
-    if output == hook and "transcoder" in config.architecture():
+    if not metadata.hook_name_out and "transcoder" in config.architecture():
         raise CertifyError(
             "the transcoder's metadata has no hook_name_out, so nobody knows which activation it "
             "replaces; set sae.cfg.metadata.hook_name_out, e.g. 'blocks.6.hook_mlp_out'"
@@ -218,15 +218,24 @@ def _temporal(sae: Any) -> SAEAdapter:
             factor = float(sae.cfg.activation_normalization_factor)
             undo = TokenMap(scale=torch.full((len(shift), 1), 1 / factor, device=shift.device))
         else:
-            _, undo = normalize(
-                x.float().flatten(0, 1), check_mode(sae.cfg.normalize_activations)
-            )
+            _, undo = normalize(x.float().flatten(0, 1), check_mode(sae.cfg.normalize_activations))
         if undo is None:
             return novel, TokenMap(shift=shift)
         return novel, TokenMap(undo.scale, undo.apply(shift))
 
     has_bias = not sae.cfg.tied_weights or sae.cfg.apply_b_dec_to_input
     return _own_encoder(sae, dense, sae.b_dec.detach().float() if has_bias else None)
+
+
+def _groupmax(sae: Any) -> SAEAdapter:
+    skip = getattr(sae, "W_skip", None)
+
+    def dense(sae: Any, x: Tensor) -> DenseCodes:
+        if skip is None:
+            return sae.encode(x), None
+        return sae.encode(x), TokenMap(shift=x.flatten(0, 1).float() @ skip.detach().float().T)
+
+    return _own_encoder(sae, dense, sae.b_dec.detach().float())
 
 
 def _own_encoder(
@@ -306,6 +315,9 @@ BUILDERS: dict[str, Callable[[Any], SAEAdapter]] = {
     "jumprelu_skip_transcoder": _jumprelu_transcoder,
     "topk_transcoder": _topk_transcoder,
     "topk_skip_transcoder": _topk_transcoder,
+    "groupmax": _groupmax,
+    "groupmax_transcoder": _groupmax,
+    "groupmax_skip_transcoder": _groupmax,
     "matching_pursuit": _matching_pursuit,
     "temporal": _temporal,
 }

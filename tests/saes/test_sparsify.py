@@ -214,11 +214,15 @@ def test_selection_forbids_folding_decoder_norms(kind: str, tmp_path: Path) -> N
         load(checkpoint(**KINDS[kind]), tmp_path).fold_W_dec_norm()
 
 
-def test_adapter_agrees(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapter_agrees(kind: str, tmp_path: Path) -> None:
+    coder = checkpoint(**KINDS[kind])
+    adapter = adapt(load(coder, tmp_path))
     x = inputs(60)
-    for coder in (checkpoint(), checkpoint(k=1), checkpoint(normalize_decoder=False)):
-        found = adapt(load(coder, tmp_path)).reconstruct(x)
-        assert relative_error(found, coder.forward(x)).max() < 1e-5
+    assert relative_error(adapter.reconstruct(x), coder.forward(x)).max() < 1e-5
+    features = adapter.encode(x).features.to_dense(adapter.d_sae)
+    torch.testing.assert_close(features.double(), coder.latents(x), atol=1e-5, rtol=1e-5)
+    assert (adapter.input_hook != adapter.output_hook) == coder.config["transcode"]
 
 
 def test_metadata(tmp_path: Path) -> None:
