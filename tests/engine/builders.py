@@ -8,11 +8,17 @@ from typing import Any
 
 import sae_lens
 import torch
+from sae_lens import HookedSAETransformer
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.saes.sae import SAEMetadata
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.pretrained.weight_conversions import (
+    convert_gpt2_weights,
+    convert_llama_weights,
+)
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -20,6 +26,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from saelens_certify.demo.loader import hooked_config
 
 D_MODEL, D_SAE, D_VOCAB, N_LAYERS, SEQ_LEN = 32, 96, 101, 3, 12
 BOS = 0
@@ -40,34 +48,81 @@ def hooked_transformer(**overrides: Any) -> HookedTransformer:
     return model.eval()
 
 
+def _hf_llama(n_key_value_heads: int = 2) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=D_VOCAB, hidden_size=D_MODEL, intermediate_size=64,
+            num_hidden_layers=N_LAYERS, num_attention_heads=4,
+            num_key_value_heads=n_key_value_heads,
+            max_position_embeddings=64, initializer_range=0.2, bos_token_id=BOS, eos_token_id=1,
+        )
+    )  # fmt: skip
+
+
+def _hf_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=D_VOCAB, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=4, n_positions=64,
+            initializer_range=0.2, bos_token_id=BOS, eos_token_id=1,
+        )
+    )  # fmt: skip
+
+
 @functools.cache
 def llama_bridge() -> Any:
     """A TransformerBridge around a Llama (blocks return tensors)."""
-    torch.manual_seed(0)
-    return _bridge(
-        LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=D_VOCAB, hidden_size=D_MODEL, intermediate_size=64,
-                num_hidden_layers=N_LAYERS, num_attention_heads=4, num_key_value_heads=2,
-                max_position_embeddings=64, initializer_range=0.2, bos_token_id=BOS, eos_token_id=1,
-            )
-        ),
-        "tiny-llama",
-    )  # fmt: skip
+    return _bridge(_hf_llama(), "tiny-llama")
 
 
 @functools.cache
 def gpt2_bridge() -> Any:
     """A TransformerBridge around a GPT-2 (blocks return tuples in some versions, dropout in training)."""
-    torch.manual_seed(0)
-    return _bridge(
-        GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=D_VOCAB, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=4, n_positions=64,
-                initializer_range=0.2, bos_token_id=BOS, eos_token_id=1,
-            )
-        ),
-        "tiny-gpt2",
+    return _bridge(_hf_gpt2(), "tiny-gpt2")
+
+
+MODEL_CLASSES = (
+    "HookedTransformer",
+    "HookedSAETransformer",
+    "TransformerBridge",
+    "SAETransformerBridge",
+)
+
+
+@functools.cache
+def of_class(model_class: str, family: str = "gpt2", dtype: torch.dtype = torch.float32) -> Any:
+    """The same weights in each of TransformerLens's and SAELens's model classes.
+
+    Args:
+        model_class: One of `MODEL_CLASSES`.
+        family: ``"gpt2"`` (layer norm with biases) or ``"llama"`` (RMS norm, gated MLP).
+        dtype: Dtype of the parameters.
+    """
+    hf_model: Any = (_hf_gpt2() if family == "gpt2" else _hf_llama(n_key_value_heads=4)).to(dtype)
+    name = f"tiny-{family}"
+    if model_class == "TransformerBridge":
+        return _bridge(hf_model, name)
+    if model_class == "SAETransformerBridge":
+        return _bridge(hf_model, name, SAETransformerBridge)
+    config = hooked_config(hf_model.config) if family == "llama" else _hooked_gpt2_config()
+    config.dtype = dtype
+    convert = convert_llama_weights if family == "llama" else convert_gpt2_weights
+    made_of = {"HookedTransformer": HookedTransformer, "HookedSAETransformer": HookedSAETransformer}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = made_of[model_class](config)
+    state = {key: value.to(dtype) for key, value in convert(hf_model, model.cfg).items()}
+    model.load_state_dict(state, strict=False)
+    model.set_tokenizer(_tokenizer(name))
+    return model.eval()
+
+
+def _hooked_gpt2_config() -> HookedTransformerConfig:
+    return HookedTransformerConfig(
+        n_layers=N_LAYERS, d_model=D_MODEL, n_ctx=64, d_head=D_MODEL // 4, n_heads=4,
+        d_mlp=4 * D_MODEL, d_vocab=D_VOCAB, act_fn="gelu_new", normalization_type="LN",
+        original_architecture="GPT2LMHeadModel", tokenizer_prepends_bos=True, device="cpu",
     )  # fmt: skip
 
 
@@ -163,15 +218,19 @@ def _sharpen(model: Any) -> None:
                 parameter.mul_(4.0)
 
 
-def _bridge(hf_model: Any, name: str) -> Any:
+def _tokenizer(name: str) -> PreTrainedTokenizerFast:
     vocabulary = {f"w{i}": i for i in range(D_VOCAB)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="w1")),
         bos_token=f"w{BOS}", eos_token="w1", pad_token="w1", name_or_path=name,
     )  # fmt: skip
     tokenizer.init_kwargs.update(name_or_path=name, add_bos_token=True)
+    return tokenizer
+
+
+def _bridge(hf_model: Any, name: str, bridge_class: Any = TransformerBridge) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return TransformerBridge.boot_transformers(
-            name, hf_model=hf_model.eval(), tokenizer=tokenizer, device="cpu"
+        return bridge_class.boot_transformers(
+            name, hf_model=hf_model.eval(), tokenizer=_tokenizer(name), device="cpu"
         ).eval()
