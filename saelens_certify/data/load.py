@@ -54,17 +54,19 @@ def load_documents(
     Raises:
         CertifyError: Naming the source, the value and the remedy.
     """
-    in_memory = not isinstance(data, (str, Path)) and not is_dataset(data)
+    in_memory = not isinstance(data, (str, Path, Documents)) and not is_dataset(data)
     for name, value in (("attention_mask", attention_mask), ("document_ids", document_ids)):
         if value is not None and not in_memory:
             raise CertifyError(
                 f"{name}= goes with tokens or texts in memory; {_describe(data)} has its own. Drop it."
             )
     for name, value in (("split", split), ("revision", revision)):
-        if value is not None and in_memory:
+        if value is not None and (in_memory or isinstance(data, Documents)):
             raise CertifyError(
                 f"{name}={value!r} goes with a dataset, not {_describe(data)}. Drop it."
             )
+    if isinstance(data, Documents):
+        return data
     if isinstance(data, (str, Path)):
         return open_path(data, text_column, split, revision)
     if is_dataset(data):
@@ -109,8 +111,8 @@ def as_sequences(
     """Read documents and cut each to its first L tokens.
 
     Args:
-        data: `Sequences`; an integer tensor or array [n, >= L]; a list of texts or of 1-D token ids;
-            a tokenizer's output; a Hugging Face Dataset or IterableDataset (or dict of splits); a
+        data: `Sequences`; opened `Documents`; an integer tensor or array [n, >= L]; a list of texts or
+            of 1-D token ids; a tokenizer's output; a Hugging Face Dataset or IterableDataset (or dict of splits); a
             path to .txt (documents between blank lines; a folder: one a file), .jsonl, .json,
             .parquet, .npy or .safetensors, or to a dataset folder; a hub name "owner/name" or
             "owner/name:config".

@@ -1,0 +1,318 @@
+"""Documents of a SAELens `ActivationsStore`, not its stream of concatenated contexts.
+
+What a store streams are no independent draws: a context mixes documents, a document spans contexts, and
+when the dataset is exhausted the stream begins again without a word. So the documents are read from the
+dataset below the store, one sequence a document, each once, and the store's own position is left alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from saelens_certify.config import CertifyConfig
+from saelens_certify.data import Documents, Sequences, as_sequences, split
+from saelens_certify.data.documents import MASK_COLUMN, Batch, mask_row, token_row
+from saelens_certify.data.hub import open_dataset
+from saelens_certify.data.sequences import DataSource
+from saelens_certify.errors import CertifyError
+
+N_CALIBRATION = 2000
+"""Calibration sequences drawn from a store unless told otherwise."""
+
+N_EVALUATION = 1200
+"""Evaluation sequences drawn from a store unless told otherwise: the published number."""
+
+KIND = "activations_store"
+_EXAMINED = 64
+
+
+def is_store(data: Any) -> bool:
+    """Whether data is a SAELens ActivationsStore (or of a class derived from it), without importing it."""
+    return any(
+        cls.__name__ == "ActivationsStore" and cls.__module__.partition(".")[0] == "sae_lens"
+        for cls in type(data).__mro__
+    )
+
+
+def documents_of_store(
+    store: Any, *, one_document_per_row: bool = False, seed: int | None = None
+) -> Documents:
+    """The documents below a store, in the form that `as_sequences` reads.
+
+    Args:
+        store: A SAELens ActivationsStore. It is not changed, nor is its position in the stream moved.
+        one_document_per_row: Assert that each row of a pre-tokenised dataset is (the beginning of) one
+            document, where its rows look like concatenated contexts.
+        seed: Read the rows in an order drawn with this seed, so that the first n documents are a random
+            sample of the dataset. None, and any streamed dataset: in the order of the dataset.
+
+    Returns:
+        The documents, not yet tokenised; with conversations for a store that formats chats, their ids.
+
+    Raises:
+        CertifyError: If the store has no documents, or its rows are not documents.
+    """
+    dataset = store.dataset
+    if dataset is None:
+        raise CertifyError(
+            "the ActivationsStore reads cached activations and has no documents; give the documents "
+            "that they were made from as token ids, texts or a dataset"
+        )
+    if isinstance(dataset, dict):
+        raise CertifyError(
+            f"the ActivationsStore's dataset is a dict of splits {sorted(map(str, dataset))}; give the "
+            "store, or the certificate, one split"
+        )
+    column = store.tokens_column
+    label = f"the ActivationsStore's dataset (column {column!r})"
+    rows = dataset.with_format(None)  # a copy: the store sets a format on the user's own object
+    if store.is_dataset_tokenized and not one_document_per_row:
+        _refuse_contexts(rows, column, getattr(store.model, "tokenizer", None), label)
+    order = None
+    if seed is not None and hasattr(rows, "select"):
+        order = np.random.default_rng(seed).permutation(len(rows))
+        rows = rows.select(order, keep_in_memory=True)
+    split_name = None if rows.split is None else str(rows.split)
+    source = DataSource(
+        kind=KIND,
+        location=rows.info.dataset_name,
+        split=split_name,
+        column=column,
+        fingerprint=getattr(dataset, "_fingerprint", None),
+        selection=(
+            "documents of an ActivationsStore's dataset, one sequence each",
+            "rows in the order of the dataset"
+            if order is None
+            else f"rows in random order, seed={seed}",
+        ),
+    )
+    if store.use_chat_formatting:
+        documents = _conversations(rows, column, store.model.tokenizer, source)
+    else:
+        documents = open_dataset(rows, None, column, source, "dataset")
+    return dataclasses.replace(documents, batches=_named_by_row(documents, order))
+
+
+def sequences_of_store(
+    store: Any,
+    config: CertifyConfig | None = None,
+    *,
+    model: Any = None,
+    limit: int | None = None,
+    one_document_per_row: bool = False,
+) -> Sequences:
+    """Sequences of a store's documents: the first L tokens of each, each document once.
+
+    BOS is put in front of texts if the store does so (``store.prepend_bos``); separators between
+    documents do not arise, because documents are not joined. Short documents are left out and
+    counted, whatever the store does with them.
+
+    Args:
+        store: A SAELens ActivationsStore; left as it is.
+        config: Settings (``seq_len``, ``seed``, ``progress``).
+        model: The model to be certified; the store's own by default.
+        limit: Stop at this many sequences: a random sample of the dataset, with ``config.seed``, or
+            the first ones of a stream. None reads everything.
+        one_document_per_row: See `documents_of_store`.
+
+    Returns:
+        The sequences.
+
+    Raises:
+        CertifyError: If the store's rows are not documents, or give no sequence.
+    """
+    config = config or CertifyConfig()
+    model = store.model if model is None else model
+    if limit is None and not hasattr(store.dataset, "__len__") and store.dataset is not None:
+        raise CertifyError(
+            "the ActivationsStore streams its dataset, which may not end; say how many sequences to "
+            "read with limit="
+        )
+    documents = documents_of_store(
+        store,
+        one_document_per_row=one_document_per_row,
+        seed=None if limit is None else config.seed,
+    )
+    tokenizer = getattr(model, "tokenizer", None) or getattr(store.model, "tokenizer", None)
+    sequences = as_sequences(
+        documents,
+        seq_len=config.seq_len,
+        d_vocab=int(model.cfg.d_vocab),
+        tokenizer=tokenizer,
+        prepend_bos=bool(store.prepend_bos),
+        limit=limit,
+        progress=config.progress,
+    )
+    if sequences.source.split == "train":
+        warnings.warn(
+            "the ActivationsStore's documents come from the split 'train', the only one SAELens loads by "
+            "name; if the SAE was trained on it they are not held out and the certificate is too good: "
+            "give the store a held-out Dataset",
+            stacklevel=2,
+        )
+    return sequences
+
+
+def draw(
+    store: Any,
+    config: CertifyConfig,
+    *,
+    model: Any = None,
+    n_calibration: int = N_CALIBRATION,
+    n_evaluation: int = N_EVALUATION,
+    one_document_per_row: bool = False,
+) -> tuple[Sequences, Sequences]:
+    """Disjoint calibration and evaluation sequences of one store, divided by content hash.
+
+    A store with fewer documents is divided in the same proportion, with a warning.
+
+    Returns:
+        Calibration and evaluation sequences.
+
+    Raises:
+        CertifyError: If there are not even one for each, or the store's rows are not documents.
+    """
+    for name, value in (
+        ("n_calibration_sequences", n_calibration),
+        ("n_evaluation_sequences", n_evaluation),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise CertifyError(f"{name} must be an integer of at least 1, got {value!r}")
+    asked = n_calibration + n_evaluation
+    sequences = sequences_of_store(
+        store, config, model=model, limit=asked, one_document_per_row=one_document_per_row
+    )
+    found = len(sequences)
+    if found < asked:
+        if found < 2:
+            raise CertifyError(
+                f"the ActivationsStore's dataset gives {found} sequence of {config.seq_len} tokens, "
+                "calibration and evaluation need one each; give it more or longer documents"
+            )
+        n_evaluation = min(max(1, round(found * n_evaluation / asked)), found - 1)
+        n_calibration = found - n_evaluation
+        warnings.warn(
+            f"the ActivationsStore's dataset gives {found} sequences of {config.seq_len} tokens, {asked} "
+            f"were asked for: {n_calibration} are used for calibration, {n_evaluation} for evaluation",
+            stacklevel=2,
+        )
+    parts = split(sequences, counts=(n_calibration, n_evaluation), seed=config.seed)
+    return parts["calibration"], parts["evaluation"]
+
+
+def resolve_stores(
+    model: Any, calibration: Any, evaluation: Any, config: CertifyConfig
+) -> tuple[Any, Any]:
+    """Replace stores by sequences; other data is returned as it is.
+
+    Two sides from one dataset are divided by content hash and cannot meet.
+
+    Args:
+        model: The model to be certified.
+        calibration: Calibration data, perhaps a store.
+        evaluation: Evaluation data, perhaps a store.
+        config: Settings.
+
+    Returns:
+        Calibration and evaluation data without stores.
+    """
+    stores = is_store(calibration), is_store(evaluation)
+    if all(stores) and calibration.dataset is evaluation.dataset:
+        return draw(evaluation, config, model=model)
+    if stores[0]:
+        calibration = sequences_of_store(calibration, config, model=model, limit=N_CALIBRATION)
+    if stores[1]:
+        evaluation = sequences_of_store(evaluation, config, model=model, limit=N_EVALUATION)
+    if all(stores):
+        # Two loads of one dataset: what evaluation has leaves calibration, which is always valid.
+        calibration = calibration.without(evaluation)
+    return calibration, evaluation
+
+
+def _named_by_row(documents: Documents, order: np.ndarray | None) -> Any:
+    """Read as before, with ids that name the row of the dataset and not its place in the order."""
+
+    def batches(size: int) -> Iterator[Batch]:
+        start = 0
+        for batch in documents.batches(size):
+            places = range(start, start + len(batch.ids))
+            start += len(batch.ids)
+            rows = places if order is None else order[places.start : places.stop]
+            yield batch._replace(ids=[f"dataset:{int(row)}" for row in rows])
+
+    return batches
+
+
+def _conversations(rows: Any, column: str, tokenizer: Any, source: DataSource) -> Documents:
+    """Conversations as token ids, by the tokenizer's chat template, as the store does it."""
+    from sae_lens.tokenization_and_batching import tokenize_with_chat_template
+
+    if tokenizer is None:
+        raise CertifyError(
+            "the ActivationsStore formats chats, which needs a model with a tokenizer; give token ids"
+        )
+    rows = rows.select_columns([column])
+
+    def ids(value: Any) -> np.ndarray:
+        talk = [{"role": "user", "content": value}] if isinstance(value, str) else value
+        return tokenize_with_chat_template(talk, tokenizer).numpy()
+
+    def batches(size: int) -> Iterator[Batch]:
+        for chunk in rows.iter(batch_size=size):
+            values = [ids(value) for value in chunk[column]]
+            yield Batch(["" for _ in values], values)
+
+    return Documents(source, "tokens", batches, len(rows) if hasattr(rows, "__len__") else None)
+
+
+def _refuse_contexts(rows: Any, column: str, tokenizer: Any, label: str) -> None:
+    """Refuse token rows that look like concatenated contexts.
+
+    Concatenation makes all rows equally long and leaves separators inside; one of the two is enough.
+    """
+    lengths: list[int] = []
+    separated = 0
+    separators = _separators(tokenizer)
+    for row in islice(iter(rows), _EXAMINED):
+        ids = _without_padding(row, column, tokenizer, label)
+        lengths.append(len(ids))
+        separated += bool(np.isin(ids[1:-1], separators).any())
+    found = []
+    if len(set(lengths)) <= 1:
+        found.append(f"all have {lengths[0] if lengths else 0} tokens")
+    if separated:
+        found.append(f"{separated} hold BOS, EOS or SEP inside")
+    if not found:
+        return
+    raise CertifyError(
+        f"the rows of {label} look like contexts concatenated from several documents: of the first "
+        f"{len(lengths)}, {' and '.join(found)}. Such rows are no independent draws, since documents go "
+        "on from row to row. Give the documents themselves (texts, or token ids before concatenation), "
+        "or, if each row begins a document of its own, say so with one_document_per_row=True"
+    )
+
+
+def _separators(tokenizer: Any) -> list[int]:
+    names = ("bos_token_id", "eos_token_id", "sep_token_id")
+    found = {getattr(tokenizer, name, None) for name in names}
+    return sorted(token for token in found if token is not None)
+
+
+def _without_padding(row: Any, column: str, tokenizer: Any, label: str) -> np.ndarray:
+    ids = token_row(row[column], label)
+    if MASK_COLUMN in row and row[MASK_COLUMN] is not None:
+        return ids[mask_row(row[MASK_COLUMN], len(ids), label)]
+    pad = getattr(tokenizer, "pad_token_id", None)
+    real = np.flatnonzero(ids != pad) if pad is not None else np.arange(len(ids))
+    if not real.size:
+        return ids[:0]
+    lead = int(real[0])
+    # A single leading pad id is a BOS where the two are one id.
+    start = lead - 1 if lead == 1 and pad == getattr(tokenizer, "bos_token_id", None) else lead
+    return ids[start : int(real[-1]) + 1]
