@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sae_lens import SAE
 
-from saelens_certify.saes.architectures import check_config
 from saelens_certify.saes.checkpoint import (
     DTYPES,
     FLOAT32_LOADERS,
@@ -20,18 +19,15 @@ from saelens_certify.saes.checkpoint import (
     observing_loader,
     published_dtype,
 )
-from saelens_certify.saes.own_classes import OWN_CLASSES
-from saelens_certify.saes.sources import (
-    SAESpec,
-    check_decoders,
-    parse_spec,
-    read_config,
+from saelens_certify.saes.configurations import (
+    SPARSIFY_WEIGHTS,
+    check_source,
     reading,
-    sae_folder,
+    sparsify_folder,
 )
+from saelens_certify.saes.own_classes import OWN_CLASSES
+from saelens_certify.saes.sources import SAESpec, parse_spec, sae_folder
 from saelens_certify.saes.sparsify import is_sparsify_folder, load_sparsify
-
-SPARSIFY_WEIGHTS = "sae.safetensors"
 
 
 @dataclass(frozen=True)
@@ -107,29 +103,9 @@ def open_sae(spec: Any, device: str = "cpu", dtype: str | None = None) -> Loaded
     return _published(parse_spec(str(spec)), device, dtype)
 
 
-def check_source(source: Path | SAESpec) -> tuple[Any, bool]:
-    """Check all that an SAE's configuration tells by itself; no weights of published SAEs are fetched.
-
-    Returns:
-        The configuration, and whether SAELens folds a scale into the weights while it loads them.
-
-    Raises:
-        CertifyError: With the reason, if it cannot be certified.
-    """
-    if isinstance(source, SAESpec):
-        check_decoders(source)
-    elif is_sparsify_folder(source):
-        return load_sparsify(source).cfg, False
-    config, folds = read_config(source)
-    check_config(config)
-    return config, folds
-
-
 def _from_folder(folder: Path, name: str, device: str, dtype: str | None) -> LoadedSAE:
     if is_sparsify_folder(folder):
-        stored = file_dtype(folder / SPARSIFY_WEIGHTS)
-        sae = load_sparsify(folder, device=device, dtype=dtype or stored)
-        return _reported(LoadedSAE(sae, name, checkpoint_dtype=stored), None)
+        return _sparse_coder(folder, LoadedSAE(None, name), device, dtype)
     config, _ = check_source(folder)
     own = OWN_CLASSES.get(config.architecture(), SAE)
     declared = check_dtype(config.dtype)
@@ -143,6 +119,10 @@ def _from_folder(folder: Path, name: str, device: str, dtype: str | None) -> Loa
 
 
 def _published(spec: SAESpec, device: str, dtype: str | None) -> LoadedSAE:
+    sparse_coder = sparsify_folder(spec)
+    if sparse_coder is not None:
+        named = LoadedSAE(None, str(spec), spec.release, spec.sae_id)
+        return _sparse_coder(sparse_coder, named, device, dtype)
     config, folds = check_source(spec)
     # Other loaders than SAELens's own make the configuration up.
     declared = check_dtype(config.dtype) if spec.loader == "sae_lens" else None
@@ -166,6 +146,13 @@ def _published(spec: SAESpec, device: str, dtype: str | None) -> LoadedSAE:
             sae = sae.to(dtype=DTYPES[stored])
     loaded = LoadedSAE(sae, str(spec), spec.release, spec.sae_id, stored)
     return _reported(loaded, declared, None if dtype else "float32")
+
+
+def _sparse_coder(folder: Path, named: LoadedSAE, device: str, dtype: str | None) -> LoadedSAE:
+    with reading(folder):
+        stored = file_dtype(folder / SPARSIFY_WEIGHTS)
+    sae = load_sparsify(folder, device=device, dtype=dtype or stored)
+    return _reported(replace(named, sae=sae, checkpoint_dtype=stored), None)
 
 
 def _natural(declared: str | None, stored: str | None) -> str:

@@ -1,17 +1,15 @@
-"""Where an SAE is: a folder, or an entry of SAELens's registry; and its configuration without weights."""
+"""Where an SAE is: a folder, or an entry of SAELens's registry."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from saelens_certify.errors import CertifyError
-from saelens_certify.saes.architectures import check_architecture
 
 CONFIG_FILE = "cfg.json"
 
@@ -82,7 +80,7 @@ def parse_spec(text: str) -> SAESpec:
     name, _, folder = rest.partition("/")
     if not folder:
         raise CertifyError(
-            f"SAELens knows no release {first!r} and there is no such folder{_near(first, registry())}"
+            f"SAELens knows no release {first!r} and there is no such folder{near_releases(first)}"
         )
     return _entry_of(SAESpec(f"{first}/{name}", folder))
 
@@ -169,102 +167,10 @@ def sae_folder(path: str | Path) -> Path:
     )
 
 
-def read_config(source: Path | SAESpec) -> tuple[Any, bool]:
-    """Read an SAE's configuration; no weights are fetched.
-
-    Args:
-        source: An SAE folder in SAELens's format, or a published SAE.
-
-    Returns:
-        The ``sae.cfg`` that loading would give, and whether SAELens folds a scale of the activations
-        into the weights while it loads them.
-
-    Raises:
-        CertifyError: If it cannot be read, its architecture cannot be certified, or nobody knows
-            the architecture.
-    """
-    from sae_lens.loading.pretrained_sae_loaders import (
-        get_sae_lens_config_from_disk,
-        handle_config_defaulting,
-        load_sae_config_from_huggingface,
-    )
-
-    with reading(source):
-        if isinstance(source, SAESpec):
-            values = load_sae_config_from_huggingface(source.release, source.sae_id)
-        else:
-            values = get_sae_lens_config_from_disk(source)
-            # SAELens fills in defaults by architecture, and fails on one that it does not know.
-            sae_class(values.get("architecture", "standard"))
-            values = handle_config_defaulting(values)
-        config_class = sae_class(values["architecture"])[1]
-        config = config_class.from_dict(values)
-    folds = (
-        isinstance(source, SAESpec)
-        and config.normalize_activations == "expected_average_only_in"
-        and source.norm_scaling_factor is not None
-    )
-    if folds:
-        config.normalize_activations = "none"
-    return config, folds
-
-
-def sae_class(architecture: str) -> tuple[Any, Any]:
-    """Return the class of an architecture, of SAELens's registry or our own, and that of its ``cfg``.
-
-    Raises:
-        CertifyError: If it cannot be certified, or there is none.
-    """
-    from sae_lens.registry import SAE_CLASS_REGISTRY
-
-    from saelens_certify.saes.own_classes import OWN_CLASSES
-
-    check_architecture(architecture)
-    if architecture in SAE_CLASS_REGISTRY:
-        return SAE_CLASS_REGISTRY[architecture]
-    if architecture in OWN_CLASSES:
-        return OWN_CLASSES[architecture], OWN_CLASSES[architecture].config_class
-    raise CertifyError(
-        f"SAELens has no SAE architecture {architecture!r} (it has {', '.join(SAE_CLASS_REGISTRY)}); "
-        "import the package that registers it first"
-    )
-
-
-def check_decoders(source: SAESpec) -> None:
-    """Check that the SAE's decoder writes to one layer.
-
-    Raises:
-        CertifyError: If it is a cross-layer transcoder, whose decoders SAELens adds up.
-    """
-    entry = registry().get(source.release)
-    folder = entry.saes_map.get(source.sae_id, "") if entry is not None else ""
-    if source.loader == "mntss_clt_layer_transcoder" or (
-        source.loader == "gemma_3" and "clt" in folder
-    ):
-        raise CertifyError(
-            "it is one layer of a cross-layer transcoder: SAELens adds up its decoders of all later "
-            "layers, which serves to find active features and reconstructs nothing; certify a "
-            "transcoder of one layer"
-        )
-
-
-@contextmanager
-def reading(source: Path | SAESpec) -> Iterator[None]:
-    """Turn whatever goes wrong while an SAE is read into an error that names it."""
-    try:
-        yield
-    except CertifyError:
-        raise
-    except Exception as error:
-        hint = ""
-        if isinstance(source, SAESpec) and source.release not in registry():
-            hint = (
-                f". {source.release!r} is no release of SAELens and was taken for a Hugging Face "
-                f"repository{_near(source.release.partition('/')[0], registry())}"
-            )
-        raise CertifyError(
-            f"SAE {str(source)!r} cannot be read: {type(error).__name__}: {error}{hint}"
-        ) from error
+def near_releases(name: str) -> str:
+    """Say which releases are called alike, as the end of a message."""
+    near = difflib.get_close_matches(name, list(registry()), n=4)
+    return f"; near releases: {', '.join(near)}" if near else ""
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
@@ -272,11 +178,6 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise CertifyError(f"{pattern!r} is no regular expression: {error}") from None
-
-
-def _near(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=4)
-    return f"; near releases: {', '.join(near)}" if near else ""
 
 
 def _near_pattern(pattern: re.Pattern[str], names: Iterable[str]) -> str:

@@ -1,0 +1,139 @@
+"""What can be refused from configurations alone: an audit of many SAEs fails before it starts."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from saelens_certify.config import CertifyConfig
+from saelens_certify.errors import CertifyError
+from saelens_certify.forward import check_hook
+from saelens_certify.preflight import (
+    check_model_name,
+    check_output_hook,
+    check_settings,
+    check_stream_width,
+)
+from saelens_certify.saes.architectures import check_architecture, input_and_output_hook
+from saelens_certify.saes.architectures import check_config as check_sae_config
+from saelens_certify.saes.configurations import check_source
+from saelens_certify.saes.sources import SAESpec, parse_spec, sae_folder
+
+
+def check_config(sae: Any, model: Any = None, config: CertifyConfig | None = None) -> None:
+    """Check, without weights of the SAE, whether it would be refused.
+
+    These are the rules of `certify` as far as configurations tell: architecture, normalisation, hooks,
+    single heads, decoders of several layers, widths, the model's name and context. What needs
+    weights or activations is checked when the SAE is certified.
+
+    Args:
+        sae: A folder, ``"release/sae_id"``, a `SAESpec`, an SAE's configuration (``sae.cfg``), or an SAE.
+        model: The model, or its configuration (``model.cfg``), of which fewer rules can be checked.
+        config: Settings of the certificate.
+
+    Raises:
+        CertifyError: With every reason.
+    """
+    reasons = refusals(sae, model, config)
+    if reasons:
+        raise CertifyError(f"SAE {_name(sae)!r} cannot be certified: {'; '.join(reasons)}")
+
+
+def check_configs(
+    saes: Iterable[Any], model: Any = None, config: CertifyConfig | None = None
+) -> None:
+    """Check many SAEs without their weights; see `check_config`.
+
+    Raises:
+        CertifyError: Naming every SAE that would be refused, with every reason.
+    """
+    saes = list(saes)
+    refused = {_name(sae): reasons for sae in saes if (reasons := refusals(sae, model, config))}
+    if refused:
+        lines = [f"\n- {name}: {'; '.join(reasons)}" for name, reasons in refused.items()]
+        raise CertifyError(
+            f"{len(refused)} of {len(saes)} SAEs cannot be certified; nothing was measured:"
+            + "".join(lines)
+        )
+
+
+def refusals(sae: Any, model: Any = None, config: CertifyConfig | None = None) -> list[str]:
+    """Return every reason for which an SAE would be refused; see `check_config`."""
+    reasons: list[str] = []
+
+    def attempt(check: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return check(*arguments)
+        except CertifyError as error:
+            reasons.append(str(error))
+            return None
+
+    settings = attempt(_settings, sae)
+    if settings is None:
+        return reasons
+    if config is not None:
+        _warn_about_context(settings, config, _name(sae))
+    if model is None:
+        return reasons
+    whole = hasattr(model, "hook_dict")
+    model_config = model.cfg if whole else model
+    if config is not None:
+        attempt(check_settings, SimpleNamespace(cfg=model_config), config)
+    attempt(check_model_name, model_config, settings.metadata)
+    hooks = input_and_output_hook(settings)
+    for hook in dict.fromkeys(hooks):
+        if whole:
+            attempt(check_hook, model, hook)
+        else:
+            attempt(_check_layer, model_config, hook)
+    attempt(check_output_hook, model, hooks[1])
+    attempt(check_stream_width, model_config, hooks[0], int(settings.d_in))
+    return reasons
+
+
+def _settings(sae: Any) -> Any:
+    """Return the checked configuration of an SAE in any form that `check_config` takes."""
+    if isinstance(sae, (str, Path)):
+        sae = sae_folder(sae) if Path(sae).is_dir() else parse_spec(str(sae))
+    if isinstance(sae, (Path, SAESpec)):
+        return check_source(sae)[0]
+    settings = getattr(sae, "cfg", sae)
+    if not hasattr(settings, "architecture"):
+        raise CertifyError(
+            f"{type(sae).__name__} is neither an SAE nor its configuration; pass a folder, "
+            "'release/sae_id', a SAESpec, sae.cfg or the SAE"
+        )
+    check_architecture(settings.architecture())
+    check_sae_config(settings)
+    return settings
+
+
+def _check_layer(model_config: Any, hook: str) -> None:
+    match = re.match(r"blocks\.(\d+)\.", hook)
+    n_layers = getattr(model_config, "n_layers", None)
+    if match and n_layers is not None and int(match.group(1)) >= n_layers:
+        raise CertifyError(
+            f"the model has no hook {hook!r} (it has {n_layers} layers, numbered from 0)"
+        )
+
+
+def _warn_about_context(settings: Any, config: CertifyConfig, name: str) -> None:
+    context = settings.metadata.context_size
+    if isinstance(context, int) and config.seq_len > context:
+        warnings.warn(
+            f"SAE {name!r} was trained on contexts of {context} tokens; with seq_len = "
+            f"{config.seq_len} it is certified on positions that it never saw",
+            stacklevel=4,
+        )
+
+
+def _name(sae: Any) -> str:
+    if isinstance(sae, (str, Path, SAESpec)):
+        return str(sae)
+    metadata = getattr(getattr(sae, "cfg", sae), "metadata", None)
+    return str(getattr(metadata, "hook_name", None) or type(sae).__name__)
