@@ -2,14 +2,15 @@
 
 Whole hooked forwards of a float64 copy of a HookedTransformer, dense features, a dense stable sort
 for every top-k, dense decode and a full softmax. It shares no code with the engine and calls neither
-``sae.encode`` nor ``sae.forward``: SAE parameters are read and the arithmetic is written out, so that
-an error in either shows up as a difference.
+``sae.encode`` nor ``sae.forward``: SAE parameters are read and the arithmetic is written out
+(``oracle_sae.py``), so that an error in either shows up as a difference.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,187 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-F64 = torch.float64
-
-
-# -------------------------------------------------------------------------------------- the SAE
-
-
-@dataclass(frozen=True)
-class OracleSAE:
-    """Parameters of a Standard, TopK or JumpReLU SAE in float64."""
-
-    kind: str
-    W_enc: Float[Tensor, "d_in d_sae"]
-    b_enc: Float[Tensor, " d_sae"]
-    W_dec: Float[Tensor, "d_sae d_in"]
-    b_dec: Float[Tensor, " d_in"]
-    threshold: Float[Tensor, " d_sae"]
-    """A feature is active iff its score is strictly above this."""
-    scale: Float[Tensor, " d_sae"]
-    """Scores are pre-activations times this (decoder norms for rescaled TopK, else 1)."""
-    k: int | None
-    subtract_b_dec: bool
-    normalize: str
-    hook_name: str
-
-    @staticmethod
-    def read(sae: Any) -> OracleSAE:
-        """Copy the parameters of a SAELens SAE.
-
-        Args:
-            sae: A ``StandardSAE``, ``TopKSAE`` or ``JumpReLUSAE`` (inference form).
-
-        Raises:
-            ValueError: For any other architecture, normalisation or reshaping.
-        """
-        cfg = sae.cfg
-        kind = cfg.architecture()
-        if kind not in ("standard", "topk", "jumprelu"):
-            raise ValueError(f"the oracle knows standard, topk and jumprelu SAEs, not {kind!r}")
-        if cfg.normalize_activations not in ("none", "layer_norm", "constant_norm_rescale"):
-            raise ValueError(f"the oracle does not know {cfg.normalize_activations!r}")
-        if cfg.reshape_activations != "none":
-            raise ValueError("the oracle reads residual streams, not attention heads")
-
-        def read(parameter: Tensor) -> Tensor:
-            return parameter.detach().to("cpu", F64)
-
-        W_dec = read(sae.W_dec)
-        rescaled = kind == "topk" and cfg.rescale_acts_by_decoder_norm
-        threshold = torch.zeros(cfg.d_sae, dtype=F64)
-        if kind == "jumprelu":
-            # relu comes first, so a negative threshold acts like zero.
-            threshold = read(sae.threshold).clamp(min=0.0)
-        return OracleSAE(
-            kind=kind,
-            W_enc=read(sae.W_enc),
-            b_enc=read(sae.b_enc),
-            W_dec=W_dec,
-            b_dec=read(sae.b_dec),
-            threshold=threshold,
-            scale=W_dec.norm(dim=-1) if rescaled else torch.ones(cfg.d_sae, dtype=F64),
-            k=cfg.k if kind == "topk" else None,
-            subtract_b_dec=bool(cfg.apply_b_dec_to_input),
-            normalize=cfg.normalize_activations,
-            hook_name=cfg.metadata.hook_name,
-        )
-
-    def normalizer(
-        self, x: Float[Tensor, "tokens d_in"]
-    ) -> tuple[Float[Tensor, "tokens one"], Float[Tensor, "tokens one"], float]:
-        """Return ``(shift, size, eps)``: the SAE sees (x - shift) / (size + eps) and undoes size, shift."""
-        zero = torch.zeros_like(x[:, :1])
-        if self.normalize == "layer_norm":
-            return x.mean(-1, keepdim=True), x.std(-1, keepdim=True), 1e-5
-        if self.normalize == "constant_norm_rescale":
-            return zero, x.norm(dim=-1, keepdim=True) / math.sqrt(x.shape[-1]), 0.0
-        return zero, zero + 1.0, 0.0
-
-    def scores(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_sae"]:
-        """Return the values that selection compares, before any activation function."""
-        shift, size, eps = self.normalizer(x)
-        seen = (x - shift) / (size + eps) - self.b_dec * self.subtract_b_dec
-        return (seen @ self.W_enc + self.b_enc) * self.scale
-
-    def decode(
-        self, codes: Float[Tensor, "tokens d_sae"], x: Float[Tensor, "tokens d_in"]
-    ) -> Float[Tensor, "tokens d_in"]:
-        """Return the dense reconstruction of ``codes``, in the units of ``x`` that they came from."""
-        shift, size, _ = self.normalizer(x)
-        return ((codes / self.scale) @ self.W_dec + self.b_dec) * size + shift
-
-
-# ---------------------------------------------------------------------------------- coding rules
-
-
-def keep_largest(values: Float[Tensor, "tokens d_sae"], k: int) -> Float[Tensor, "tokens d_sae"]:
-    """Zero all but the ``k`` largest values of a row: value descending, index ascending."""
-    order = values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    kept = torch.zeros_like(values)
-    return kept.scatter(-1, order, values.gather(-1, order))
-
-
-def parse_coding(coding: str) -> int | None:
-    """Return K of ``topk:K``, or None for ``native``."""
-    if coding == "native":
-        return None
-    name, _, number = coding.partition(":")
-    if name != "topk" or not number.isdigit() or int(number) < 1:
-        raise ValueError(f"unknown coding rule {coding!r}: native or topk:K")
-    return int(number)
-
-
-def code(
-    sae: OracleSAE,
-    x: Float[Tensor, "tokens d_in"],
-    coding: str = "native",
-    pool: Bool[Tensor, " d_sae"] | None = None,
-) -> tuple[Float[Tensor, "tokens d_sae"], Float[Tensor, " tokens"]]:
-    """Return dense codes and, per token, the smallest gap around any selection decision.
-
-    ``native`` with a pool masks the SAE's scores, so a native TopK admits the next in-pool features.
-    ``topk:K`` with a pool masks the SAE's features (the output of its own encode) before the K
-    largest are taken, which is the published protocol.
-
-    Args:
-        sae: The SAE.
-        x: Activations at its hook, float64.
-        coding: ``native`` or ``topk:K``.
-        pool: Features that may be used; all of them by default.
-
-    Returns:
-        Codes, and for each token the least change of a single score (in the units of the scores)
-        after which another set of features could be selected. Tokens with a tiny gap are ties.
-    """
-    outer_k = parse_coding(coding)
-    scores = sae.scores(x)
-    everything = torch.ones(scores.shape[-1], dtype=torch.bool)
-    allowed = everything if pool is None else pool
-    inner_allowed = everything if outer_k is not None else allowed
-
-    gap = _selection_gap(scores, sae.threshold, sae.k, inner_allowed.expand_as(scores))
-    active = (scores > sae.threshold) & inner_allowed
-    codes = torch.where(active, scores, 0.0)
-    if sae.k is not None:
-        codes = keep_largest(codes, sae.k)
-    if outer_k is None:
-        return codes, gap
-
-    features = torch.where(allowed, codes, 0.0)
-    if sae.k is None:
-        # One decision: threshold and top-K act on the same scores.
-        outer_gap = _selection_gap(scores, sae.threshold, outer_k, allowed.expand_as(scores))
-        return keep_largest(features, outer_k), outer_gap
-    # Two decisions: the SAE's own top-k, then K of what it left.
-    outer_gap = _selection_gap(codes, torch.zeros_like(sae.threshold), outer_k, features > 0)
-    return keep_largest(features, outer_k), torch.minimum(gap, outer_gap)
-
-
-def _selection_gap(
-    scores: Float[Tensor, "tokens d_sae"],
-    threshold: Float[Tensor, " d_sae"],
-    k: int | None,
-    allowed: Bool[Tensor, "tokens d_sae"],
-) -> Float[Tensor, " tokens"]:
-    """Least change of one score after which "above threshold, k largest" selects another set."""
-    distance = (scores - threshold).abs().masked_fill(~allowed, math.inf)
-    if k is None or k >= scores.shape[-1]:
-        return distance.amin(-1)
-    active = allowed & (scores > threshold)
-    ranked = torch.where(active, scores, -math.inf).sort(dim=-1, descending=True).values
-    last_in, first_out = ranked[:, k - 1], ranked[:, k]
-    full = last_in.isfinite()
-    selected = active & (scores >= last_in[:, None])
-    # With k active features, an inactive one must pass both its threshold and the last selected.
-    to_enter = torch.where(
-        full[:, None], torch.maximum(distance, last_in[:, None] - scores), distance
-    )
-    swap = torch.where(full & first_out.isfinite(), last_in - first_out, math.inf)
-    leave = torch.where(selected, distance, math.inf).amin(-1)
-    enter = torch.where(allowed & ~active, to_enter, math.inf).amin(-1)
-    return torch.minimum(torch.minimum(leave, enter), swap)
-
+from .oracle_sae import F64, OracleSAE, code
 
 # ------------------------------------------------------------------------------------- the model
 
@@ -250,24 +71,42 @@ class OracleCalibration:
 
 
 @dataclass(frozen=True)
+class OracleProxy:
+    """One proxy beside the model: one entry a sequence."""
+
+    loss: Float[Tensor, " sequences"]
+    kl: Float[Tensor, " sequences"]
+    """KL(M || proxy) in bits, mean over the L - 1 predicting positions."""
+    top1_agreement: Float[Tensor, " sequences"]
+    gold_logprob_gap: Float[Tensor, " sequences"]
+    """Mean over targets of |log2 p_M - log2 p_proxy|."""
+    squared_error: Float[Tensor, "sequences pos"]
+    """|y - ŷ|² per token (NaN where not coded), y being the activation that is replaced."""
+
+    @property
+    def mse(self) -> Float[Tensor, " sequences"]:
+        """Mean over coded tokens of the summed squared error."""
+        return self.squared_error.nanmean(-1)
+
+    @property
+    def mse_no_first(self) -> Float[Tensor, " sequences"]:
+        """The same without position 0."""
+        return self.squared_error[:, 1:].nanmean(-1)
+
+
+@dataclass(frozen=True)
 class OracleEvaluation:
     """Evidence: one entry a sequence, and per-token detail."""
 
     loss_base: Float[Tensor, " sequences"]
-    loss_sae: Float[Tensor, " sequences"]
-    loss_pool: Float[Tensor, " sequences"]
+    sae: OracleProxy
+    """S∘M: all features."""
+    pool: OracleProxy
+    """h_G: features outside the pool are masked."""
+    controls: dict[str, OracleProxy]
     violation: Bool[Tensor, " sequences"]
-    kl: Float[Tensor, " sequences"]
-    """KL(M || S∘M) in bits, mean over the L - 1 predicting positions."""
-    top1_agreement: Float[Tensor, " sequences"]
-    gold_logprob_gap: Float[Tensor, " sequences"]
-    """Mean over targets of |log2 p_M - log2 p_S∘M|."""
     l0: Float[Tensor, " sequences"]
     """Active features a coded token, mean."""
-    mse: Float[Tensor, " sequences"]
-    """Mean over coded tokens of the summed squared error |x - x̂|²."""
-    squared_error: Float[Tensor, "sequences pos"]
-    """|x - x̂|² per token (NaN where not coded)."""
     active: Int[Tensor, "sequences pos"]
     """Active features per token (0 where not coded)."""
     outside: Int[Tensor, "sequences pos"]
@@ -276,6 +115,64 @@ class OracleEvaluation:
     """Smallest gap around a selection decision of S∘M per token (NaN where not coded)."""
     gap_pool: Float[Tensor, "sequences pos"]
     """The same for h_G."""
+
+    @property
+    def loss_sae(self) -> Float[Tensor, " sequences"]:
+        """Loss of S∘M."""
+        return self.sae.loss
+
+    @property
+    def loss_pool(self) -> Float[Tensor, " sequences"]:
+        """Loss of h_G."""
+        return self.pool.loss
+
+    @property
+    def kl(self) -> Float[Tensor, " sequences"]:
+        """KL(M || S∘M) in bits."""
+        return self.sae.kl
+
+    @property
+    def top1_agreement(self) -> Float[Tensor, " sequences"]:
+        """Share of predictions whose most likely token is the model's, under S∘M."""
+        return self.sae.top1_agreement
+
+    @property
+    def gold_logprob_gap(self) -> Float[Tensor, " sequences"]:
+        """Mean over targets of |log2 p_M - log2 p_S∘M|."""
+        return self.sae.gold_logprob_gap
+
+    @property
+    def squared_error(self) -> Float[Tensor, "sequences pos"]:
+        """|y - ŷ|² per token under S∘M."""
+        return self.sae.squared_error
+
+    @property
+    def mse(self) -> Float[Tensor, " sequences"]:
+        """Mean over coded tokens of the summed squared error of S∘M."""
+        return self.sae.mse
+
+
+@dataclass(frozen=True)
+class Control:
+    """S∘M with its features decoded in other directions."""
+
+    permutation: Int[Tensor, " d_sae"] | None = None
+    """Feature ``j`` is decoded as feature ``permutation[j]``."""
+    decoder: Float[Tensor, "d_sae d_out"] | None = None
+    """Decoder rows in place of the SAE's own."""
+
+    def decode(
+        self,
+        sae: OracleSAE,
+        codes: Float[Tensor, "*batch d_sae"],
+        x: Float[Tensor, "*batch d_in"],
+    ) -> Float[Tensor, "*batch d_out"]:
+        """Return the reconstruction of this control."""
+        if self.permutation is not None:
+            renamed = torch.zeros_like(codes)
+            renamed[..., self.permutation.long()] = codes
+            codes = renamed
+        return sae.decode(codes, x, self.decoder)
 
 
 @torch.no_grad()
@@ -300,14 +197,13 @@ def calibrate(
     """
     exact, own = _float64(model), OracleSAE.read(sae)
     coded = _coded_positions(tokens.shape[1], positions)
-    counts = torch.zeros(own.b_enc.shape[0], dtype=torch.int64)
+    counts = torch.zeros(own.d_sae, dtype=torch.int64)
     gaps = []
     for batch in tokens.split(batch_size):
-        _, x = _run(exact, own, batch)
-        codes, gap = code(own, x.flatten(0, 1), coding)
-        active = (codes > 0).unflatten(0, batch.shape) & coded[None, :, None]
-        counts += active.sum((0, 1))
-        gaps.append(_where_coded(gap.unflatten(0, batch.shape), coded))
+        _, x, _ = _run(exact, own, batch)
+        codes, gap = code(own, x, coding)
+        counts += ((codes != 0) & coded[None, :, None]).sum((0, 1))
+        gaps.append(_where_coded(gap, coded))
     return OracleCalibration(counts=counts, gap=torch.cat(gaps))
 
 
@@ -323,8 +219,9 @@ def evaluate(
     alpha: float = 0.5,
     d_vocab: int | None = None,
     batch_size: int = 8,
+    controls: Mapping[str, Control] | None = None,
 ) -> OracleEvaluation:
-    """Measure M, S∘M and h_G on evaluation sequences: three whole forwards for each.
+    """Measure M, S∘M, h_G and controls on evaluation sequences: a whole forward for each.
 
     Args:
         model: A HookedTransformer; a float64 copy is made unless it is float64 already.
@@ -336,53 +233,70 @@ def evaluate(
         alpha: Smoothing of the loss.
         d_vocab: True vocabulary when the head is padded; further columns are cut off.
         batch_size: Sequences a forward; changes memory only.
+        controls: Other decodings of S∘M's features, by name.
     """
     exact, own = _float64(model), OracleSAE.read(sae)
     coded = _coded_positions(tokens.shape[1], positions)
     parts: list[dict[str, Tensor]] = []
+    proxies: dict[str, list[OracleProxy]] = {}
     for batch in tokens.split(batch_size):
-        logits, x = _run(exact, own, batch)
-        flat = x.flatten(0, 1)
-        codes, gap = code(own, flat, coding)
-        codes_pool, gap_pool = code(own, flat, coding, pool)
-        x_sae, x_pool = own.decode(codes, flat), own.decode(codes_pool, flat)
+        logits, x, y = _run(exact, own, batch)
+        codes, gap = code(own, x, coding)
+        codes_pool, gap_pool = code(own, x, coding, pool)
+        decoded = {"sae": own.decode(codes, x), "pool": own.decode(codes_pool, x)}
+        for name, control in (controls or {}).items():
+            decoded[name] = control.decode(own, codes, x)
+        for name, y_hat in decoded.items():
+            patched, _, _ = _run(exact, own, batch, torch.where(coded[None, :, None], y_hat, y))
+            proxy = _compare(logits[..., :d_vocab], patched[..., :d_vocab], batch, alpha)
+            error = _where_coded((y - y_hat).pow(2).sum(-1), coded)
+            proxies.setdefault(name, []).append(OracleProxy(**proxy, squared_error=error))
 
-        splice = coded[None, :, None]
-        logits_sae, _ = _run(exact, own, batch, torch.where(splice, x_sae.view_as(x), x))
-        logits_pool, _ = _run(exact, own, batch, torch.where(splice, x_pool.view_as(x), x))
-        logits, logits_sae, logits_pool = (
-            each[..., :d_vocab] for each in (logits, logits_sae, logits_pool)
-        )
-
-        log_p, log_q = logits.log_softmax(-1), logits_sae.log_softmax(-1)
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1)[:, :-1] / math.log(2.0)
-        same = (logits.argmax(-1) == logits_sae.argmax(-1))[:, :-1]
-        gold_gap = (_gold(log_p, batch) - _gold(log_q, batch)).abs() / math.log(2.0)
-
-        active = (codes > 0).unflatten(0, batch.shape) & splice
+        active = (codes != 0) & coded[None, :, None]
         n_active = active.sum(-1)
         n_outside = (active & ~pool).sum(-1)
-        error = (flat - x_sae).pow(2).sum(-1).unflatten(0, batch.shape)
         parts.append(
             {
-                "loss_base": smoothed_loss_bits(logits, batch, alpha),
-                "loss_sae": smoothed_loss_bits(logits_sae, batch, alpha),
-                "loss_pool": smoothed_loss_bits(logits_pool, batch, alpha),
+                "loss_base": smoothed_loss_bits(logits[..., :d_vocab], batch, alpha),
                 "violation": (n_outside > 0).any(-1),
-                "kl": kl.mean(-1),
-                "top1_agreement": same.to(F64).mean(-1),
-                "gold_logprob_gap": gold_gap.mean(-1),
                 "l0": n_active[:, coded].to(F64).mean(-1),
-                "mse": error[:, coded].mean(-1),
-                "squared_error": _where_coded(error, coded),
                 "active": n_active,
                 "outside": n_outside,
-                "gap": _where_coded(gap.unflatten(0, batch.shape), coded),
-                "gap_pool": _where_coded(gap_pool.unflatten(0, batch.shape), coded),
+                "gap": _where_coded(gap, coded),
+                "gap_pool": _where_coded(gap_pool, coded),
             }
         )
-    names = [field.name for field in fields(OracleEvaluation)]
-    return OracleEvaluation(**{name: torch.cat([p[name] for p in parts]) for name in names})
+    joined = {name: _join(of_batches) for name, of_batches in proxies.items()}
+    return OracleEvaluation(
+        sae=joined.pop("sae"),
+        pool=joined.pop("pool"),
+        controls=joined,
+        **{name: torch.cat([part[name] for part in parts]) for name in parts[0]},
+    )
+
+
+def _compare(
+    logits: Float[Tensor, "batch pos d_vocab"],
+    patched: Float[Tensor, "batch pos d_vocab"],
+    tokens: Int[Tensor, "batch pos"],
+    alpha: float,
+) -> dict[str, Tensor]:
+    """Compare a proxy's predictions with the model's."""
+    log_p, log_q = logits.log_softmax(-1), patched.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)[:, :-1] / math.log(2.0)
+    same = (logits.argmax(-1) == patched.argmax(-1))[:, :-1]
+    gold_gap = (_gold(log_p, tokens) - _gold(log_q, tokens)).abs() / math.log(2.0)
+    return {
+        "loss": smoothed_loss_bits(patched, tokens, alpha),
+        "kl": kl.mean(-1),
+        "top1_agreement": same.to(F64).mean(-1),
+        "gold_logprob_gap": gold_gap.mean(-1),
+    }
+
+
+def _join(proxies: list[OracleProxy]) -> OracleProxy:
+    names = [field.name for field in fields(OracleProxy)]
+    return OracleProxy(**{n: torch.cat([getattr(p, n) for p in proxies]) for n in names})
 
 
 def smallest_gap(gap: Float[Tensor, "sequences pos"]) -> Float[Tensor, " sequences"]:
@@ -402,18 +316,32 @@ def _run(
     exact: Any,
     sae: OracleSAE,
     tokens: Int[Tensor, "batch pos"],
-    replacement: Float[Tensor, "batch pos d_in"] | None = None,
-) -> tuple[Float[Tensor, "batch pos d_vocab"], Float[Tensor, "batch pos d_in"]]:
-    """One whole forward; returns logits and the activation that reached the hook."""
-    seen: list[Tensor] = []
+    replacement: Float[Tensor, "batch pos d_out"] | None = None,
+) -> tuple[
+    Float[Tensor, "batch pos d_vocab"],
+    Float[Tensor, "batch pos d_in"],
+    Float[Tensor, "batch pos d_out"],
+]:
+    """One whole forward; returns logits, the SAE's input, and the activation that it replaces.
 
-    def hook(x: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001 - TransformerLens passes it by name
-        seen.append(x)
-        return replacement
+    Activations with heads are joined to ``n_heads * d_head`` and taken apart again.
+    """
+    read: list[Tensor] = []
+    replaced: list[Tensor] = []
 
-    logits = exact.run_with_hooks(tokens, fwd_hooks=[(sae.hook_name, hook)], return_type="logits")
-    if len(seen) != 1:
-        raise ValueError(f"hook {sae.hook_name!r} fired {len(seen)} times, expected once")
-    if logits.dtype != F64 or seen[0].dtype != F64:
-        raise ValueError(f"the forward left float64: {logits.dtype}, {seen[0].dtype}")
-    return logits, seen[0]
+    def read_hook(x: Tensor, hook: Any) -> None:  # noqa: ARG001 - TransformerLens passes it by name
+        read.append(x.flatten(2))
+
+    def replace_hook(y: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001 - passed by name
+        replaced.append(y.flatten(2))
+        return None if replacement is None else replacement.reshape(y.shape)
+
+    # One hook is read before it is replaced: hooks of a point run in this order.
+    hooks = [(sae.hook_name, read_hook), (sae.hook_name_out, replace_hook)]
+    logits = exact.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits")
+    for name, seen in ((sae.hook_name, read), (sae.hook_name_out, replaced)):
+        if len(seen) != 1:
+            raise ValueError(f"hook {name!r} fired {len(seen)} times, expected once")
+        if logits.dtype != F64 or seen[0].dtype != F64:
+            raise ValueError(f"the forward left float64: {logits.dtype}, {seen[0].dtype}")
+    return logits, read[0], replaced[0]

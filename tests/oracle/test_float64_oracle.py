@@ -19,17 +19,13 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
 
 from .float64_oracle import (
-    OracleSAE,
-    _selection_gap,
     calibrate,
-    code,
     evaluate,
     float64_copy,
-    keep_largest,
-    parse_coding,
     smallest_gap,
     smoothed_loss_bits,
 )
+from .oracle_sae import OracleSAE, _selection_gap, code, keep_largest, parse_coding
 
 D_MODEL, D_SAE, VOCAB, LENGTH, LAYERS = 32, 80, 97, 12, 3
 HOOK = "blocks.1.hook_resid_post"
@@ -257,7 +253,7 @@ def test_topk_keeps_positive_values_only() -> None:
 def test_ties_go_to_the_lower_index() -> None:
     values = torch.tensor([[1.0, 3.0, 2.0, 3.0, 2.0, 2.0]])
     assert keep_largest(values, 3).tolist() == [[0.0, 3.0, 2.0, 3.0, 0.0, 0.0]]
-    gap = _selection_gap(values, torch.zeros(6), 3, torch.ones(1, 6, dtype=torch.bool))
+    gap = _selection_gap(values, values, 3, torch.ones(1, 6, dtype=torch.bool))
     assert gap.item() == 0.0
 
 
@@ -274,7 +270,7 @@ def test_selection_gap_is_exact(seed: int, k: int | None, shift: float) -> None:
     threshold = torch.rand(m, generator=generator, dtype=torch.float64)
     allowed = torch.rand(m, generator=generator) < 0.8
     allowed[0] = True
-    gap = _selection_gap(scores, threshold, k, allowed[None]).item()
+    gap = _selection_gap(scores, scores - threshold, k, allowed[None]).item()
 
     def selected(values: torch.Tensor) -> list[bool]:
         masked = torch.where(allowed & (values > threshold), values, 0.0)
