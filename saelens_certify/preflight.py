@@ -15,6 +15,7 @@ from saelens_certify.data import Sequences
 from saelens_certify.errors import CertifyError
 from saelens_certify.forward import check_hook
 from saelens_certify.saes import SAEAdapter
+from saelens_certify.saes.hookpoints import check_hookpoint
 
 
 def check_settings(model: Any, config: CertifyConfig) -> None:
@@ -63,6 +64,7 @@ def check_pair(model: Any, sae: Any, adapter: SAEAdapter) -> None:
         CertifyError: If a hook is unknown, the SAE was trained on another model, or the width of a
             residual-stream SAE is not the model's.
     """
+    check_hookpoint(model, sae)
     for hook in (adapter.input_hook, adapter.output_hook):
         check_hook(model, hook)
     check_output_hook(model, adapter.output_hook)

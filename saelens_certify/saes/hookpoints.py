@@ -6,6 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from saelens_certify.errors import CertifyError
 
 # Checked numerically for GPT-2, GPT-NeoX (Pythia) and Llama; the trainer leaves the prefix out,
@@ -77,36 +80,90 @@ def hooks_of(hookpoint: str, transcode: bool) -> Hooks:
 
 
 def check_hookpoint(model: Any, sae: Any) -> None:
-    """Check that a converted sparse coder's hooks are what its module computes in this model.
-
-    Some models (Gemma 2 and 3) normalise what attention and MLP return. The module's own output is
-    then not what is added to the residual stream, which is what ``hook_mlp_out`` shows.
+    """Check that a converted sparse coder's hooks show what its module computes in transformers.
 
     Args:
         model: A TransformerLens model.
         sae: An SAE from `load_sparsify`; for others nothing is checked.
 
     Raises:
-        CertifyError: If the hook is after such a norm.
+        CertifyError: If the weights were changed on loading, or if the hook is not at the module's
+            input and output in this model.
     """
     metadata = sae.cfg.metadata
     if metadata.get("sparsify_hookpoint") is None:
         return
-    hook = metadata.hook_name_out or metadata.hook_name
-    match = re.fullmatch(r"blocks\.(\d+)\.hook_(mlp|attn)_out", hook)
+    read, written = metadata.hook_name, metadata.hook_name_out or metadata.hook_name
+    is_bridge = hasattr(model, "original_model")
+    if read.endswith((".mlp.hook_in", ".attn.hook_in")):
+        if not is_bridge and read not in model.hook_dict:
+            raise CertifyError(
+                f"the transcoder reads {metadata.hf_hook_name}, which is {read} on a TransformerBridge"
+                + (" or HookedSAETransformer" if ".mlp." in read else "")
+                + f"; a {type(model).__name__} has no such hook"
+            )
+        _refuse_processed(
+            model, "the norms' weights are folded into the next layer", _folded(model)
+        )
+    _refuse_processed(model, "what is written to the residual stream is centred", _centred(model))
+    _check_post_norm(model, metadata, written, is_bridge)
+
+
+def _refuse_processed(model: Any, what: str, found: bool) -> None:
+    if found:
+        remedy = (
+            "do not call enable_compatibility_mode(), or with no_processing=True"
+            if hasattr(model, "original_model")
+            else "load it with from_pretrained_no_processing"
+        )
+        raise CertifyError(
+            f"in this model {what}, but sparsify was trained on activations of the Hugging Face "
+            f"model as it is; {remedy}"
+        )
+
+
+def _folded(model: Any) -> bool:
+    if hasattr(model, "original_model"):
+        return bool(getattr(model, "_weights_processed", False))
+    return str(model.cfg.normalization_type).endswith("Pre")
+
+
+def _centred(model: Any) -> bool:
+    """Whether the rows that an MLP writes have mean 0, which trained ones only have by chance.
+
+    Random rows of width d have means of about 1/sqrt(d) of their entries' size, centred ones of a
+    rounding error over sqrt(d).
+    """
+    if len(model.blocks) == 0:
+        return False
+    rows = getattr(getattr(model.blocks[0], "mlp", None), "W_out", None)
+    if not isinstance(rows, Tensor):
+        return False
+    sizes = rows.detach().float().abs().mean()
+    means = rows.detach().float().mean(dim=-1).abs().mean()
+    error = 2 * max(torch.finfo(rows.dtype).eps, 1e-5) / rows.shape[-1] ** 0.5
+    return bool(means < error * sizes)
+
+
+def _check_post_norm(model: Any, metadata: Any, written: str, is_bridge: bool) -> None:
+    """Refuse models (Gemma 2 and 3) that normalise what attention and MLP return.
+
+    TransformerLens shows what is added to the residual stream, not the module's own output.
+    """
+    match = re.fullmatch(r"blocks\.(\d+)\.hook_(mlp|attn)_out", written)
     if match is None or int(match[1]) >= len(model.blocks):
         return
     norm = {"mlp": "ln2_post", "attn": "ln1_post"}[match[2]]
     if norm not in dict(model.blocks[int(match[1])].named_children()):
         return
     inner = f"blocks.{match[1]}.{match[2]}.hook_out"
-    if hasattr(model, "original_model"):
+    if is_bridge:
         key = "hook_name_out" if metadata.hook_name_out else "hook_name"
         remedy = f"set sae.cfg.metadata.{key} = {inner!r}"
     else:
         remedy = f"use a TransformerBridge, where it is {inner!r}"
     raise CertifyError(
-        f"{hook} of this model is after the norm {norm}, but sparsify reconstructs "
+        f"{written} of this model is after the norm {norm}, but sparsify reconstructs "
         f"{metadata.hf_hook_name_out or metadata.hf_hook_name}, which is before it; {remedy}"
     )
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saelens_certify.errors import CertifyError
-from saelens_certify.saes.hookpoints import Hooks, hooks_of
+from saelens_certify.saes.hookpoints import hooks_of
 
 _CONFIG, _WEIGHTS = "cfg.json", "sae.safetensors"
 _KNOWN = {
@@ -94,17 +94,14 @@ def load_sparsify(
         CertifyError: If a file is missing or damaged, a setting or tensor is not understood, or the
             hookpoint cannot be translated.
     """
-    from sae_lens.util import dtype_to_str
-
-    # Not resolve(): the name that counts is the one the folder is reached by.
-    folder = Path(os.path.abspath(folder))
+    folder = _absolute(folder)
+    if not is_sparsify_folder(folder):
+        missing = [name for name in (_CONFIG, _WEIGHTS) if not (folder / name).is_file()]
+        raise CertifyError(
+            f"{folder} is no sparsify checkpoint: it has no {' and no '.join(missing)}"
+        )
     settings, raw = _read_settings(folder)
-    run = _read_run(folder)
-    hookpoint = hookpoint or _hookpoint_of(folder)
-    try:
-        hooks = hooks_of(hookpoint, settings.transcode)
-    except CertifyError as error:
-        raise CertifyError(f"{folder}: {error}") from None
+    metadata = _metadata(folder, settings, raw, hookpoint, model_name)
     tensors = _read_tensors(folder, settings, device)
     stored = {tensor.dtype for tensor in tensors.values()}
     if dtype is None and len(stored) > 1:
@@ -114,23 +111,42 @@ def load_sparsify(
         )
     wanted = stored.pop() if dtype is None else _dtype(dtype)
     weights = _weights(tensors, settings, wanted, folder)
-    config_class, sae_class, extra = _classes(settings)
-    sae = _assemble(
-        sae_class,
-        config_class(
-            d_in=settings.d_in,
-            d_sae=settings.d_sae,
-            dtype=dtype_to_str(wanted),
-            device="meta",
-            apply_b_dec_to_input=not (settings.transcode or settings.skip),
-            k=settings.k,
-            **extra,
-        ),
-        weights,
-    )
+    sae_class, config = _class_and_config(settings, wanted)
+    # On the meta device it needs no memory until it has the weights.
+    sae = sae_class(config)
+    sae.load_state_dict(weights, assign=True)
     sae.to(device=torch.device(device))
-    sae.cfg.metadata = _metadata(hooks, hookpoint, settings, raw, run, model_name)
+    sae.cfg.metadata = metadata
     return sae
+
+
+def sparsify_config(
+    folder: str | Path, *, hookpoint: str | None = None, model_name: str | None = None
+) -> Any:
+    """Read the configuration that `load_sparsify` would give, from ``cfg.json`` alone.
+
+    Args:
+        folder: Folder with ``cfg.json``; weights are not read.
+        hookpoint: As for `load_sparsify`.
+        model_name: As for `load_sparsify`.
+
+    Returns:
+        What ``sae.cfg`` would be, but for ``device`` and ``dtype``, which the weights decide.
+
+    Raises:
+        CertifyError: As `load_sparsify` does.
+    """
+    folder = _absolute(folder)
+    settings, raw = _read_settings(folder)
+    config = _class_and_config(settings, torch.float32)[1]
+    config.device = "cpu"
+    config.metadata = _metadata(folder, settings, raw, hookpoint, model_name)
+    return config
+
+
+def _absolute(folder: str | Path) -> Path:
+    # Not resolve(): the name that counts is the one the folder is reached by.
+    return Path(os.path.abspath(folder))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -144,11 +160,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_settings(folder: Path) -> tuple[SparseCoderSettings, dict[str, Any]]:
-    if not is_sparsify_folder(folder):
-        missing = [name for name in (_CONFIG, _WEIGHTS) if not (folder / name).is_file()]
-        raise CertifyError(
-            f"{folder} is no sparsify checkpoint: it has no {' and no '.join(missing)}"
-        )
     path = folder / _CONFIG
     raw = _read_json(path)
     # Settings of later or private versions are harmless where they are off; sparsify ignores them.
@@ -198,11 +209,8 @@ def _read_run(folder: Path) -> dict[str, Any]:
 
 
 def _named(folder: Path) -> Path:
+    """Return the folder that has the hookpoint's name."""
     return folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder
-
-
-def _hookpoint_of(folder: Path) -> str:
-    return _named(folder).name
 
 
 def _read_tensors(
@@ -266,55 +274,66 @@ def _weights(
     return {name: weight.to(dtype).contiguous() for name, weight in weights.items()}
 
 
-def _classes(settings: SparseCoderSettings) -> tuple[Any, Any, dict[str, Any]]:
-    """Return configuration class, class and further settings."""
-    from sae_lens import TopKSAE, TopKSAEConfig
-    from sae_lens.saes.abstopk_sae import AbsTopKSAE, AbsTopKSAEConfig
+def _class_and_config(settings: SparseCoderSettings, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Return the SAE's class and its configuration, on the meta device and without metadata."""
+    from sae_lens import AbsTopKSAE, AbsTopKSAEConfig, TopKSAE, TopKSAEConfig
+    from sae_lens.util import dtype_to_str
 
     from saelens_certify.saes import groupmax, topk_transcoder
 
     grouped = settings.activation == "groupmax"
-    if settings.skip:
-        cls: Any = (
-            groupmax.GroupMaxSkipTranscoder if grouped else topk_transcoder.TopKSkipTranscoder
-        )
-    elif settings.transcode:
-        cls = groupmax.GroupMaxTranscoder if grouped else topk_transcoder.TopKTranscoder
+    # sparsify ranks features by their score alone, whatever the norms of the decoder rows.
+    extra: dict[str, Any] = {"rescale_acts_by_decoder_norm": False}
+    if settings.skip or settings.transcode:
+        extra = {"d_out": settings.d_in}
+        cls: Any
+        if settings.skip:
+            cls = groupmax.GroupMaxSkipTranscoder if grouped else topk_transcoder.TopKSkipTranscoder
+        else:
+            cls = groupmax.GroupMaxTranscoder if grouped else topk_transcoder.TopKTranscoder
+        config_class = cls.config_class
     elif grouped:
-        return groupmax.GroupMaxSAEConfig, groupmax.GroupMaxSAE, {}
+        extra = {}
+        cls, config_class = groupmax.GroupMaxSAE, groupmax.GroupMaxSAEConfig
+    elif settings.activation == "abstopk":
+        cls, config_class = AbsTopKSAE, AbsTopKSAEConfig
     else:
-        # sparsify ranks features by their score alone, whatever the norms of the decoder rows.
-        plain = {"rescale_acts_by_decoder_norm": False}
-        if settings.activation == "abstopk":
-            return AbsTopKSAEConfig, AbsTopKSAE, plain
-        return TopKSAEConfig, TopKSAE, plain
-    return cls.config_class, cls, {"d_out": settings.d_in}
-
-
-def _assemble(sae_class: Any, config: Any, weights: dict[str, Tensor]) -> Any:
-    """Build the SAE without memory of its own, then give it the weights."""
-    sae = sae_class(config)
-    sae.load_state_dict(weights, assign=True)
-    return sae
+        cls, config_class = TopKSAE, TopKSAEConfig
+    config = config_class(
+        d_in=settings.d_in,
+        d_sae=settings.d_sae,
+        dtype=dtype_to_str(dtype),
+        device="meta",
+        apply_b_dec_to_input=not (settings.transcode or settings.skip),
+        k=settings.k,
+        **extra,
+    )
+    return cls, config
 
 
 def _metadata(
-    hooks: Hooks,
-    hookpoint: str,
+    folder: Path,
     settings: SparseCoderSettings,
     raw: dict[str, Any],
-    run: dict[str, Any],
+    hookpoint: str | None,
     model_name: str | None,
 ) -> Any:
     from sae_lens.saes.sae import SAEMetadata
 
+    run = _read_run(folder)
+    hookpoint = hookpoint or _named(folder).name
+    try:
+        hooks = hooks_of(hookpoint, settings.transcode)
+    except CertifyError as error:
+        raise CertifyError(f"{folder}: {error}") from None
+    two_hooks = settings.transcode or settings.skip
     known: dict[str, Any] = {
         "model_name": model_name or run.get("model"),
         "hook_name": hooks.input,
         # SAELens reads hook_name_out of transcoders; of others it must not be set.
-        "hook_name_out": hooks.output if settings.transcode or settings.skip else None,
+        "hook_name_out": hooks.output if two_hooks else None,
         "hf_hook_name": hooks.hf_input,
-        "hf_hook_name_out": hooks.hf_output if settings.transcode or settings.skip else None,
+        "hf_hook_name_out": hooks.hf_output if two_hooks else None,
         "context_size": run.get("ctx_len"),
         "dataset_path": run.get("dataset"),
         "sparsify_hookpoint": hookpoint,

@@ -73,7 +73,7 @@ class Checkpoint:
         if self.config["activation"] == "groupmax":
             size = len(row) // k
             return [g * size + int(row[g * size : (g + 1) * size].argmax()) for g in range(k)]
-        return sorted(range(len(row)), key=lambda i: -abs(float(row[i])))[:k]
+        return row.abs().argsort(descending=True)[:k].tolist()
 
 
 def checkpoint(
