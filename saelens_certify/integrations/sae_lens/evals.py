@@ -1,0 +1,178 @@
+"""`run_evals`: SAELens's evaluation with a faithfulness certificate as one more group of metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import sae_lens.evals
+from sae_lens.evals import EvalConfig
+
+from saelens_certify.certificate import EVAL_TYPE, Certificate
+from saelens_certify.certification import certify
+from saelens_certify.config import CertifyConfig
+from saelens_certify.errors import CertifyError
+from saelens_certify.integrations.sae_lens.activations_store import (
+    N_CALIBRATION,
+    N_EVALUATION,
+    draw,
+    resolve_stores,
+)
+from saelens_certify.integrations.sae_lens.inference import inference_form
+from saelens_certify.integrations.sae_lens.state import preserved_rng
+
+OnRefusal = Literal["raise", "record"]
+RunEvals = Callable[..., tuple[dict[str, Any], dict[str, Any]]]
+
+GROUP = EVAL_TYPE
+"""Name of the group in ``all_metrics``."""
+
+_plain: ContextVar[bool] = ContextVar("saelens_certify_plain_run_evals", default=False)
+
+
+def run_evals(
+    sae: Any,
+    activation_store: Any,
+    model: Any,
+    activation_scaler: Any,
+    eval_config: EvalConfig = EvalConfig(),  # noqa: B008 (SAELens's own default; never written to)
+    model_kwargs: Mapping[str, Any] = {},  # noqa: B006 (as above)
+    exclude_special_tokens: Iterable[int] | bool = True,
+    verbose: bool = False,
+    *,
+    certify_config: CertifyConfig | None = None,
+    calibration: Any = None,
+    evaluation: Any = None,
+    n_calibration_sequences: int = N_CALIBRATION,
+    n_evaluation_sequences: int = N_EVALUATION,
+    one_document_per_row: bool = False,
+    output: str | Path | None = None,
+    on_refusal: OnRefusal = "raise",
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``sae_lens.run_evals`` with the group ``faithfulness_certificate`` in addition.
+
+    SAELens's own groups come from SAELens's own function, on the tokens that it draws itself. The
+    certificate is issued first, so that what cannot be certified is refused before the long work, and
+    it does not move the store's position. SAE, model, store and random generators are left as they were.
+
+    Args:
+        sae: As in SAELens. A training SAE is certified in the form in which it would be saved.
+        activation_store: As in SAELens. Without ``calibration`` and ``evaluation``, the certificate's
+            documents come from the dataset below it (see `documents_of_store`).
+        model: As in SAELens.
+        activation_scaler: As in SAELens. A factor or whitening that is not folded into the SAE yet is
+            folded into a copy for the certificate.
+        eval_config: As in SAELens.
+        model_kwargs: As in SAELens; the certificate's forward passes know none.
+        exclude_special_tokens: As in SAELens; the certificate follows ``certify_config.positions``.
+        verbose: As in SAELens; also shows the certificate's progress, unless ``certify_config`` is given.
+        certify_config: Settings of the certificate.
+        calibration: Calibration documents in place of the store's: whatever `certify` takes, or a store.
+        evaluation: Evaluation documents; both or none.
+        n_calibration_sequences: Sequences to draw from the store.
+        n_evaluation_sequences: Sequences to draw from the store.
+        one_document_per_row: Assert that each row of a pre-tokenised dataset is one document.
+        output: Folder for the certificate's manifest and evidence; a killed run resumes there.
+        on_refusal: What to do if no certificate can be issued: ``"raise"``, or ``"record"`` the reason as
+            ``{"refused": reason}`` with a warning and go on with SAELens's metrics.
+
+    Returns:
+        ``(all_metrics, feature_metrics)``, nested as SAELens nests them.
+
+    Raises:
+        CertifyError: If no certificate can be issued, naming the thing, the value and the remedy.
+    """
+    if on_refusal not in get_args(OnRefusal):
+        raise CertifyError(f"on_refusal must be one of {get_args(OnRefusal)}, got {on_refusal!r}")
+    config = certify_config
+    if config is None:
+        config = dataclasses.replace(CertifyConfig(), progress=verbose)
+    try:
+        if model_kwargs:
+            raise CertifyError(
+                f"model_kwargs = {dict(model_kwargs)!r} change the model's forward pass, and a "
+                "certificate is about the model as it is; pass none, or run sae_lens.run_evals alone"
+            )
+        if (calibration is None) != (evaluation is None):
+            raise CertifyError("give calibration= and evaluation= together, or neither")
+        with preserved_rng():
+            if calibration is None:
+                calibration, evaluation = draw(
+                    activation_store,
+                    config,
+                    model=model,
+                    n_calibration=n_calibration_sequences,
+                    n_evaluation=n_evaluation_sequences,
+                    one_document_per_row=one_document_per_row,
+                )
+            else:
+                calibration, evaluation = resolve_stores(model, calibration, evaluation, config)
+            certificate: Certificate = certify(
+                model,
+                inference_form(sae, activation_scaler),
+                calibration=calibration,
+                evaluation=evaluation,
+                config=config,
+                output=output,
+            )
+            group: dict[str, Any] = certificate.to_metrics()[GROUP]
+    except CertifyError as error:
+        if on_refusal == "raise":
+            raise
+        warnings.warn(f"no certificate: {error}", stacklevel=2)
+        group = {"refused": str(error)}
+    with _as_found(sae):
+        all_metrics, feature_metrics = sae_lens_run_evals()(
+            sae,
+            activation_store,
+            model,
+            activation_scaler,
+            eval_config,
+            model_kwargs,
+            exclude_special_tokens,
+            verbose,
+        )
+    return {**all_metrics, GROUP: group}, feature_metrics
+
+
+def sae_lens_run_evals() -> RunEvals:
+    """SAELens's function as it is installed now, without the group that `register` adds."""
+
+    def plain(*args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        token = _plain.set(True)
+        try:
+            return sae_lens.evals.run_evals(*args, **kwargs)
+        finally:
+            _plain.reset(token)
+
+    return plain
+
+
+def is_plain() -> bool:
+    """Whether the group is being added further out already."""
+    return _plain.get()
+
+
+@contextmanager
+def _as_found(sae: Any) -> Iterator[None]:
+    """Turn hook_z reshaping back on if SAELens's evaluation raises, which leaves it off."""
+    before = getattr(sae, "hook_z_reshaping_mode", None)
+    try:
+        yield
+    finally:
+        if before is True and not sae.hook_z_reshaping_mode:
+            sae.turn_on_forward_pass_hook_z_reshaping()
+
+
+EXTRA_SETTINGS = frozenset(
+    name
+    for name, parameter in inspect.signature(run_evals).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+)
+"""The settings that `run_evals` has beyond those of SAELens."""
