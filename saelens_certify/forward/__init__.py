@@ -8,7 +8,7 @@ from saelens_certify.forward.engine import (
     choose_strategy,
 )
 from saelens_certify.forward.head import PlainHead
-from saelens_certify.forward.hooks import check_hook, locate
+from saelens_certify.forward.hooks import check_hook, locate, resolve_hook
 
 __all__ = [
     "BasePass",
@@ -19,4 +19,5 @@ __all__ = [
     "check_hook",
     "choose_strategy",
     "locate",
+    "resolve_hook",
 ]

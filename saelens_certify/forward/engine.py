@@ -237,9 +237,7 @@ class ForwardEngine:
         hooks: list[Hook] = []
         if state.patch is not None:
             hooks.append((state.patch[0], _replace_with(state.patch[1][rows])))
-        logits = self.model.run_with_hooks(
-            state.tokens[rows], return_type="logits", fwd_hooks=hooks
-        )
+        logits = self._seams.logits(state.tokens[rows], hooks)
         return _at_most_float32(logits[:, :-1].flatten(0, 1))
 
     def plain_head(self) -> PlainHead | None:
@@ -389,5 +387,7 @@ def _check_fired(names: Sequence[str], caught: dict[str, Tensor]) -> None:
     if missing:
         raise CertifyError(
             f"hook {missing[0]!r} exists but did not fire in a forward pass; some hooks are off by "
-            "default (e.g. hook_mlp_in needs model.set_use_hook_mlp_in(True))"
+            "default (e.g. hook_mlp_in needs model.set_use_hook_mlp_in(True)), and on a "
+            "SAETransformerBridge the hook of an SAE that was attached and removed stays dead (load "
+            "the model anew)"
         )

@@ -53,14 +53,28 @@ def locate(name: str) -> HookSite:
     return HookSite(name, restart=layer, replaces_residual=rest in _BLOCK_INPUTS)
 
 
-def known_hooks(model: Any) -> set[str]:
-    """Return every hook name, alias or canonical, that the model answers to."""
-    names = set(model.hook_dict)
-    try:
-        from transformer_lens.model_bridge.bridge import build_alias_to_canonical_map
-    except ImportError:  # a TransformerLens without the Bridge has no aliases
-        return names
-    return names | set(build_alias_to_canonical_map(model.hook_dict))
+def known_hooks(model: Any) -> dict[str, str]:
+    """Return every hook name that the model has, with the name under which its hooks are found.
+
+    A TransformerBridge answers to aliases (``blocks.1.hook_resid_pre`` for ``blocks.1.hook_in``). A
+    SAETransformerBridge has forgotten them, and its ``run_with_hooks`` leaves a hook on an alias out
+    without a word; there each alias comes with the canonical name.
+    """
+    points: dict[str, Any] = {}
+    for model_class in reversed(type(model).__mro__):
+        listed = vars(model_class).get("hook_dict")
+        if isinstance(listed, property) and listed.fget is not None:
+            points |= listed.fget(model)
+    own = model.hook_dict
+    # By identity: a hook point that SAELens has put back after an SAE carries no name.
+    canonical = {id(point): name for name, point in own.items()}
+    names = {name: canonical[id(point)] for name, point in points.items() if id(point) in canonical}
+    return names | {name: name for name in own}
+
+
+def resolve_hook(model: Any, name: str) -> str:
+    """Return the name under which ``model.run_with_hooks`` finds a hook; see `known_hooks`."""
+    return known_hooks(model).get(name, name)
 
 
 def check_hook(model: Any, name: str) -> None:
@@ -73,7 +87,7 @@ def check_hook(model: Any, name: str) -> None:
     if name in names:
         if hasattr(model, "original_model"):
             try:
-                model.check_hooks_to_add(name)
+                model.check_hooks_to_add(names[name])
             except ValueError as error:
                 raise CertifyError(
                     f"hook {name!r} did not fire: it is switched off: {error}"

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelens_certify.errors import CertifyError
+from saelens_certify.forward.hooks import known_hooks
 
 Hook = tuple[str, Callable[..., Tensor | None]]
 
@@ -36,6 +37,12 @@ class Seams(Protocol):
         hooks: Sequence[Hook],
     ) -> Float[Tensor, "batch pos d_model"]:
         """Run blocks ``start ..`` on a residual; return the residual after the last."""
+        ...
+
+    def logits(
+        self, tokens: Int[Tensor, "batch pos"], hooks: Sequence[Hook]
+    ) -> Float[Tensor, "batch pos d_vocab_out"]:
+        """Run the whole model as the user would."""
         ...
 
 
@@ -77,6 +84,9 @@ class _HookedSeams:
             tokens=tokens,
         )
 
+    def logits(self, tokens: Tensor, hooks: Sequence[Hook]) -> Tensor:
+        return self._model.run_with_hooks(tokens, return_type="logits", fwd_hooks=list(hooks))
+
 
 class _StopForward(Exception):  # noqa: N818 - control flow, not an error
     """Carries the residual out of a forward pass whose remainder is not wanted."""
@@ -90,6 +100,7 @@ class _BridgeSeams:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._blocks = list(model.blocks)
+        self._names = known_hooks(model)
         # Hugging Face blocks return a tensor or a tuple, by architecture; learned from a real pass.
         self._tuple_length: list[int | None] | None = None
 
@@ -107,6 +118,14 @@ class _BridgeSeams:
                 tokens, len(self._blocks), [(f"blocks.{start}.hook_in", inject), *hooks]
             )
 
+    def logits(self, tokens: Tensor, hooks: Sequence[Hook]) -> Tensor:
+        return self._model.run_with_hooks(
+            tokens, return_type="logits", fwd_hooks=self._resolved(hooks)
+        )
+
+    def _resolved(self, hooks: Sequence[Hook]) -> list[Hook]:
+        return [(self._names.get(name, name), function) for name, function in hooks]
+
     def _run_until(self, tokens: Tensor, stop: int, hooks: Sequence[Hook]) -> Tensor:
         def leave(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 - TL's hook signature
             raise _StopForward(activation)
@@ -116,7 +135,10 @@ class _BridgeSeams:
         name = f"blocks.{stop - 1}.hook_out" if last else f"blocks.{stop}.hook_in"
         try:
             self._model.run_with_hooks(
-                tokens, return_type=None, fwd_hooks=[*hooks, (name, leave)], use_cache=False
+                tokens,
+                return_type=None,
+                fwd_hooks=[*self._resolved(hooks), (name, leave)],
+                use_cache=False,
             )
         except _StopForward as stopped:
             return stopped.residual

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelens_certify.errors import CertifyError
+from saelens_certify.forward import check_hook, resolve_hook
 from saelens_certify.ops import Impl
 from saelens_certify.pool import Pool
 from saelens_certify.proxies import (
@@ -34,6 +35,7 @@ def proxy_hooks(
     coding: str = "native",
     coded: Bool[Tensor, "batch pos"] | None = None,
     seed: int = 0,
+    model: Any = None,
     impl: Impl = "auto",
 ) -> list[Hook]:
     """Return ``fwd_hooks`` that put a proxy in place of the activation that an SAE explains.
@@ -52,13 +54,16 @@ def proxy_hooks(
         coding: Coding rule, as in `CertifyConfig`.
         coded: Positions that the proxy replaces; None for all.
         seed: Seed of permutations and random decoders, as in `CertifyConfig`.
+        model: The model that will run. Checks that it has the hooks, and names them as it knows
+            them: a SAETransformerBridge leaves hooks on TransformerLens's older names out without a word.
         impl: Which operators run.
 
     Returns:
         One hook, or two where the SAE reads and writes at different places.
 
     Raises:
-        CertifyError: If the variant is unknown, or a pool is missing or of another SAE.
+        CertifyError: If the variant is unknown, a pool is missing or of another SAE, or the model
+            has no such hook.
     """
     adapter = sae if isinstance(sae, SAEAdapter) else adapt(sae)
     splice = _Splice(
@@ -69,9 +74,16 @@ def proxy_hooks(
             "variant 'pool' needs pool=, the features that may be used; pass a certificate, a Pool or a "
             "mask over features"
         )
+    hooks: list[Hook] = [(adapter.output_hook, splice.replace)]
     if adapter.input_hook == adapter.output_hook:
-        return [(adapter.output_hook, splice.replace_itself)]
-    return [(adapter.input_hook, splice.note_input), (adapter.output_hook, splice.replace)]
+        hooks = [(adapter.output_hook, splice.replace_itself)]
+    else:
+        hooks.insert(0, (adapter.input_hook, splice.note_input))
+    if model is None:
+        return hooks
+    for name, _ in hooks:
+        check_hook(model, name)
+    return [(resolve_hook(model, name), function) for name, function in hooks]
 
 
 class _Splice:
@@ -87,7 +99,8 @@ class _Splice:
         impl: Impl,
     ) -> None:
         self.adapter, self.variant, self.pool = adapter, variant, pool
-        self.coding, self.coded, self.impl = coding, coded, impl
+        self.coding, self.coded = coding, coded
+        self.impl: Impl = impl
         self._input = threading.local()  # between the two hooks of a transcoder
 
     def replace_itself(self, activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG002 - TL's signature
@@ -124,16 +137,19 @@ class _Splice:
                 f"the activation at {adapter.input_hook} has width {width}, the SAE expects "
                 f"{adapter.d_in}; it belongs to another hook or another model"
             )
-        bits = None if self.pool is None else self.pool.bits(adapter.device)
-        codes = adapter.encode(
-            x.flatten(2), self.coding, bits, coded=coded.to(adapter.device), impl=self.impl
-        )
-        x_hat = adapter.decode(
-            self.variant.rewrite(codes), codes.token_map, self.variant.decoder, impl=self.impl
-        )
+        x_hat = self._proxy(x.flatten(2), coded.to(adapter.device))
         spliced = activation.flatten(2).clone()
         spliced[coded.to(spliced.device)] = x_hat.to(spliced)
         return spliced.reshape(activation.shape)
+
+    @torch.no_grad()
+    def _proxy(
+        self, x: Float[Tensor, "batch pos d_in"], coded: Bool[Tensor, "batch pos"]
+    ) -> Float[Tensor, "coded d_out"]:
+        bits = None if self.pool is None else self.pool.bits(self.adapter.device)
+        codes = self.adapter.encode(x, self.coding, bits, coded=coded, impl=self.impl)
+        features = self.variant.rewrite(codes)
+        return self.adapter.decode(features, codes.token_map, self.variant.decoder, impl=self.impl)
 
 
 def _variant(adapter: SAEAdapter, variant: str | Variant, seed: int) -> Variant:

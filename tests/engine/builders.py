@@ -15,10 +15,8 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.pretrained.weight_conversions import (
-    convert_gpt2_weights,
-    convert_llama_weights,
-)
+from transformer_lens.pretrained.weight_conversions.gpt2 import convert_gpt2_weights
+from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -99,7 +97,8 @@ def of_class(model_class: str, family: str = "gpt2", dtype: torch.dtype = torch.
         family: ``"gpt2"`` (layer norm with biases) or ``"llama"`` (RMS norm, gated MLP).
         dtype: Dtype of the parameters.
     """
-    hf_model: Any = (_hf_gpt2() if family == "gpt2" else _hf_llama(n_key_value_heads=4)).to(dtype)
+    hf_model: Any = _hf_gpt2() if family == "gpt2" else _hf_llama(n_key_value_heads=4)
+    hf_model = hf_model.to(dtype)
     name = f"tiny-{family}"
     if model_class == "TransformerBridge":
         return _bridge(hf_model, name)
