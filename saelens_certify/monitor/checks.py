@@ -1,0 +1,96 @@
+"""Checks of what a monitor is given: is this the certified SAE, on a model that it can watch?"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+from saelens_certify.certificate import Certificate
+from saelens_certify.errors import CertifyError
+from saelens_certify.manifest import parameters_sha256, settings_sha256
+from saelens_certify.saes import SAEAdapter
+
+
+def check_sae(certificate: Certificate, sae: Any, adapter: SAEAdapter) -> None:
+    """Check that an SAE is the one that was certified.
+
+    Raises:
+        CertifyError: If its weights, its settings or its hooks are others.
+    """
+    identity = certificate.manifest["identity"]
+    found = parameters_sha256(sae.named_parameters())
+    if found != identity["sae_sha256"]:
+        raise CertifyError(
+            f"this is not the certified SAE: its parameters hash to {found[:12]}…, the certificate has "
+            f"{identity['sae_sha256'][:12]}… (a cast to another dtype also changes them); load the SAE "
+            "as it was certified, or certify this one"
+        )
+    if settings_sha256(adapter.config) != identity["sae_config_sha256"]:
+        raise CertifyError(
+            "the SAE has the certified weights but other settings in its cfg; certify it as it is"
+        )
+    for name, hook, key in (
+        ("reads", adapter.input_hook, "hook_in"),
+        ("writes", adapter.output_hook, "hook_out"),
+    ):
+        if hook != identity[key]:
+            raise CertifyError(
+                f"the SAE {name} at {hook}, the certificate is about {identity[key]}; certify it there"
+            )
+
+
+def check_unspliced(model: Any, adapter: SAEAdapter) -> None:
+    """Check that no SAE stands where the monitor looks.
+
+    Raises:
+        CertifyError: If one is attached there: the model's own activation cannot be seen then.
+    """
+    attached = getattr(model, "acts_to_saes", None) or getattr(model, "_acts_to_saes", None) or {}
+    for name, other in attached.items():
+        places = {name, getattr(getattr(other, "cfg", None), "hook_name_out", None)}
+        if places & {adapter.input_hook, adapter.output_hook}:
+            raise CertifyError(
+                f"an SAE is attached to the model at {name!r}, where the monitor would see its output "
+                "instead of the model's activation; call model.reset_saes(), and to run with the "
+                "reconstruction put proxy_hooks(...) after the monitor's hooks"
+            )
+
+
+def other_model(certificate: Certificate, model: Any) -> tuple[str, ...]:
+    """Return a note if a model's parameters are not those that were certified."""
+    found = parameters_sha256(getattr(model, "original_model", model).named_parameters())
+    if found == certificate.manifest["identity"]["model_sha256"]:
+        return ()
+    return (
+        "the model's parameters are not those that were certified (another dtype, class or processing of "
+        "the same weights also changes them); an alarm may be about the model, not the stream",
+    )
+
+
+def check_numbers(
+    false_alarm: Any, run_length: Any, share: Any, seed: Any, window: Any, on_error: Any
+) -> None:
+    """Check the settings of a monitor.
+
+    Raises:
+        CertifyError: Naming the one that is out of its range.
+    """
+    if not _is_real(false_alarm) or not 0 < false_alarm < 1:
+        raise CertifyError(f"false_alarm must lie strictly between 0 and 1, got {false_alarm!r}")
+    if run_length is not None and not (_is_real(run_length) and run_length > 1):
+        raise CertifyError(f"run_length must be a number above 1, or None, got {run_length!r}")
+    if share is not None and not (_is_real(share) and 0 < share <= 1):
+        raise CertifyError(f"share must lie in (0, 1], or be None, got {share!r}")
+    for name, value, minimum in (("seed", seed, None), ("window", window, 1)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise CertifyError(f"{name} must be an integer, got {value!r}")
+        if minimum is not None and value < minimum:
+            raise CertifyError(f"{name} must be at least {minimum}, got {value!r}")
+    if on_error not in ("record", "raise"):
+        raise CertifyError(f"on_error must be 'record' or 'raise', got {on_error!r}")
+
+
+def _is_real(value: Any) -> bool:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and math.isfinite(float(value))

@@ -1,0 +1,409 @@
+"""The hook that follows a certified SAE in use."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from saelens_certify.certificate import Certificate
+from saelens_certify.errors import CertifyError
+from saelens_certify.forward import check_hook, resolve_hook
+from saelens_certify.monitor.checks import check_numbers, check_sae, check_unspliced, other_model
+from saelens_certify.monitor.observe import Columns, Observer, Selection
+from saelens_certify.monitor.reference import sequence_values
+from saelens_certify.monitor.report import Report
+from saelens_certify.monitor.sampling import chosen, default_share
+from saelens_certify.monitor.sequential import Alarm, SequentialTest
+from saelens_certify.monitor.state import State
+from saelens_certify.monitor.storage import read_state, write_state
+from saelens_certify.monitor.tally import Request, Sums
+from saelens_certify.saes import adapt
+from saelens_certify.saes.fused import FusedAdapter
+from saelens_certify.saes.loading import load_sae
+
+Hook = tuple[str, Callable[..., None]]
+
+_LOGGER = logging.getLogger("saelens_certify.monitor")
+
+
+def log_alarm(alarm: Alarm) -> None:
+    """Write an alarm to the log ``saelens_certify.monitor`` as a warning."""
+    _LOGGER.warning(
+        "the stream has left what was certified (%s): %s, after %d tested sequences, e-value %.3g",
+        alarm.kind,
+        alarm.statistic,
+        alarm.tested,
+        np.exp(min(alarm.log_e, 700.0)),
+    )
+
+
+@dataclass
+class _Scope:
+    """What the user said about the request that a thread is serving."""
+
+    tokens: Int[Tensor, "batch pos"] | None
+    mask: Bool[Tensor, "batch pos"] | None
+    forwards: int
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A forward between the two hooks of a transcoder, or within the one of another SAE."""
+
+    request: Request
+    selection: Selection
+    x: Tensor
+
+
+class Monitor:
+    """Follows a certified SAE in use, and raises an alarm when the stream leaves what was certified.
+
+    Each forward of the model is one request: a random sample of its sequences is encoded, and what
+    the certificate's evidence says about them is tested. With probability at most ``false_alarm``
+    an alarm is ever raised while the stream is like the certificate's evaluation sequences; see
+    `sequential` for the statement and its proof. The first L tokens of a sequence are tested, L being
+    the certificate's; shorter sequences are measured and reported but not tested, later tokens are
+    counted.
+
+    The hooks change no activation, and a failing observation breaks no forward. One monitor may
+    serve many threads.
+
+    Args:
+        certificate: The certificate, or the folder of its run.
+        sae: The SAE it is about: a SAELens SAE, a folder, or ``"release/sae_id"``. It is not changed.
+        model: The model, to check that it has the hooks and is the certified one.
+        false_alarm: Probability of ever raising a false alarm, at most.
+        run_length: With a number r, a second kind of alarm (``"recent"``) watches the latest past
+            only and is raised again as long as the shift lasts; it is false once in r tested
+            sequences on average, or less often.
+        share: Share of the sequences that are measured, in (0, 1]. None: so many that measuring
+            costs less than 5 % of a forward.
+        seed: Seed of the sample.
+        window: Number of requests in the report's recent window.
+        on_error: ``"record"``: a failing observation is counted and reported. ``"raise"``: it
+            raises in the forward (to debug).
+        on_alarm: Called with each new `Alarm`, in the thread that raised it; writes to the log by
+            default.
+
+    Raises:
+        CertifyError: If the SAE is not the certified one, the model has no such hooks, or a number
+            is out of its range.
+    """
+
+    def __init__(
+        self,
+        certificate: Certificate | str | Path,
+        sae: Any,
+        *,
+        model: Any = None,
+        false_alarm: float = 0.01,
+        run_length: float | None = None,
+        share: float | None = None,
+        seed: int = 0,
+        window: int = 256,
+        on_error: Literal["record", "raise"] = "record",
+        on_alarm: Callable[[Alarm], None] = log_alarm,
+    ) -> None:
+        if not isinstance(certificate, Certificate):
+            certificate = Certificate.load(certificate)
+        check_numbers(false_alarm, run_length, share, seed, window, on_error)
+        sae, _ = load_sae(sae)
+        # SAEs that encode by their own code keep state on themselves: they work on a copy, whose
+        # parameters are the user's.
+        adapter = adapt(copy.copy(sae))
+        check_sae(certificate, sae, adapter)
+        self.certificate = certificate
+        self.share = share or default_share(
+            certificate.manifest, 2 if getattr(adapter, "signed", False) else 1
+        )
+        self.seed, self.window, self.on_error, self.on_alarm = seed, window, on_error, on_alarm
+        self._observer = Observer.of(certificate, adapter)
+        self._settings = {"false_alarm": false_alarm, "run_length": run_length}
+        self._notes: tuple[str, ...] = ()
+        if model is not None:
+            self._check_model(model)
+            self._notes = other_model(certificate, model)
+            for note in self._notes:
+                warnings.warn(note, stacklevel=2)
+        self._state = State(
+            SequentialTest.start(
+                sequence_values(
+                    *(
+                        certificate.column(name)
+                        for name in (
+                            "violation",
+                            "outside",
+                            "l0",
+                            "mse_no_first",
+                            "variance_no_first",
+                        )
+                    )
+                ),
+                false_alarm,
+                run_length,
+            )
+        )
+        self._arrived = (0, 0)  # requests, sequences
+        self._lock = threading.Lock()
+        self._encoding = None if isinstance(adapter, FusedAdapter) else threading.Lock()
+        self._local = threading.local()
+
+    @property
+    def alarm(self) -> Alarm | None:
+        """The alarm with the false-alarm probability, once it has been raised."""
+        return next((a for a in self._state.test.alarms if a.kind == "left"), None)
+
+    @property
+    def alarms(self) -> tuple[Alarm, ...]:
+        """All alarms of both kinds, oldest first."""
+        return self._state.test.alarms
+
+    def hooks(self, model: Any = None) -> list[Hook]:
+        """Return ``fwd_hooks`` for any ``run_with_hooks``.
+
+        Put them before hooks that change the activation, which they would else see changed.
+
+        Args:
+            model: The model that will run; checks that it has the hooks.
+
+        Returns:
+            One hook, or two for a transcoder.
+
+        Raises:
+            CertifyError: If the model has no such hook.
+        """
+        adapter = self._observer.adapter
+        hooks: list[Hook] = [(adapter.output_hook, self._on_output)]
+        if adapter.input_hook == adapter.output_hook:
+            hooks = [(adapter.output_hook, self._on_both)]
+        else:
+            hooks.insert(0, (adapter.input_hook, self._on_input))
+        if model is None:
+            return hooks
+        self._check_model(model)
+        return [(resolve_hook(model, name), function) for name, function in hooks]
+
+    @contextmanager
+    def attached(self, model: Any) -> Iterator[Monitor]:
+        """Attach the hooks to a model for the length of a block.
+
+        Attach once and serve from many threads inside: adding and removing hooks is not
+        thread-safe in TransformerLens, running them is.
+
+        Args:
+            model: The model.
+
+        Raises:
+            CertifyError: If it has no such hooks.
+        """
+        with model.hooks(fwd_hooks=self.hooks(model)):
+            try:
+                yield self
+            finally:
+                self._local.__dict__.pop("pending", None)
+
+    @contextmanager
+    def request(
+        self,
+        tokens: Int[Tensor, "batch pos"] | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        continuation: bool = False,
+    ) -> Iterator[None]:
+        """Say what the forwards of this thread belong to, for the length of a block.
+
+        The first forward of the block is the request, later ones continue it (generation): they
+        are counted, not tested. Without a block every forward of more than one position is a
+        request of its own, and every position counts.
+
+        Args:
+            tokens: Token ids of the first forward: special tokens are then left out as certified,
+                and sequences that do not begin as the certified ones are counted.
+            attention_mask: 1 at real positions, 0 at padding (on either side).
+            continuation: Whether already the first forward continues an earlier request.
+
+        Raises:
+            CertifyError: If the shapes of the two differ.
+        """
+        for name, given in (("tokens", tokens), ("attention_mask", attention_mask)):
+            if given is not None and given.dim() != 2:
+                raise CertifyError(f"{name} has shape {tuple(given.shape)}, not [batch, pos]")
+        if (
+            tokens is not None
+            and attention_mask is not None
+            and tokens.shape != attention_mask.shape
+        ):
+            raise CertifyError(
+                f"tokens have shape {tuple(tokens.shape)}, their attention_mask "
+                f"{tuple(attention_mask.shape)}"
+            )
+        outer = self._local.__dict__.get("scope")
+        self._local.scope = _Scope(
+            None if tokens is None else tokens.cpu(),
+            None if attention_mask is None else attention_mask.cpu() != 0,
+            int(continuation),
+        )
+        try:
+            yield
+        finally:
+            self._local.scope = outer
+            self._local.__dict__.pop("pending", None)
+
+    def report(self) -> Report:
+        """Return what has been seen so far; later requests do not change it."""
+        return Report(self.certificate, self._state, self._settings, self.share, self._notes)
+
+    def reset(self) -> None:
+        """Begin a new test, after an alarm was dealt with; counts and history begin anew too.
+
+        Each period between resets has the full false-alarm probability.
+        """
+        with self._lock:
+            self._state = State(self._state.test.restarted())
+
+    def save(self, path: str | Path) -> None:
+        """Write the state as JSON: a restarted service goes on with the same guarantee."""
+        with self._lock:
+            state, arrived = self._state, self._arrived
+        write_state(path, self.certificate, self._test_settings(), state, arrived)
+
+    def restore(self, path: str | Path) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            CertifyError: If it was saved for another certificate or other settings, or is damaged.
+        """
+        with self._lock:
+            self._state, self._arrived = read_state(
+                path, self.certificate, self._test_settings(), self._state
+            )
+
+    def _test_settings(self) -> dict[str, Any]:
+        return {**self._settings, "share": self.share, "seed": self.seed}
+
+    def _check_model(self, model: Any) -> None:
+        adapter = self._observer.adapter
+        for name in (adapter.input_hook, adapter.output_hook):
+            check_hook(model, name)
+        check_unspliced(model, adapter)
+
+    def _on_both(self, activation: Tensor, hook: Any) -> None:  # noqa: ARG002 - TL's signature
+        self._guarded(lambda: self._begin(activation) and self._finish(activation))
+
+    def _on_input(self, activation: Tensor, hook: Any) -> None:  # noqa: ARG002 - TL's signature
+        if not self._guarded(lambda: self._begin(activation)):
+            self._local.pending = (
+                None  # the output hook has nothing to compare, and that is no news
+            )
+
+    def _on_output(self, activation: Tensor, hook: Any) -> None:  # noqa: ARG002 - TL's signature
+        self._guarded(lambda: self._finish(activation))
+
+    def _guarded(self, observe: Callable[[], object]) -> bool:
+        """Run an observation; whatever fails in it stays out of the forward.
+
+        Returns:
+            Whether it did not fail.
+        """
+        try:
+            observe()
+        except Exception as error:
+            self._local.__dict__.pop("pending", None)
+            with self._lock:
+                self._state = self._state.failed(f"{type(error).__name__}: {error}")
+            if self.on_error == "raise":
+                raise
+            return False
+        return True
+
+    def _begin(self, activation: Tensor) -> bool:
+        """Take what is needed of a forward at the input hook; return whether there is anything."""
+        self._local.__dict__.pop("pending", None)  # of a forward that did not reach the output hook
+        n, n_positions = activation.shape[:2]
+        scope: _Scope | None = self._local.__dict__.get("scope")
+        first = scope.forwards == 0 if scope else n_positions > 1
+        if scope:
+            scope.forwards += 1
+        if not first:
+            self._local.pending = None
+            with self._lock:
+                self._state = self._state.continued(n * n_positions)
+            return False
+        tokens, mask = (scope.tokens, scope.mask) if scope else (None, None)
+        for name, given in (("tokens", tokens), ("attention_mask", mask)):
+            if given is not None and given.shape != (n, n_positions):
+                raise CertifyError(
+                    f"{name} of the request have shape {tuple(given.shape)}, the forward is of "
+                    f"{(n, n_positions)}"
+                )
+        with self._lock:
+            number, start = self._arrived
+            self._arrived = (number + 1, start + n)
+        lengths = torch.full((n,), n_positions) if mask is None else mask.sum(dim=1)
+        request = Request(
+            number=number,
+            sequences=n,
+            tokens=int(lengths.sum()),
+            late_tokens=int((lengths - self._observer.seq_len).clamp(min=0).sum()),
+            without_bos=self._without_bos(tokens, mask),
+        )
+        rows = chosen(self.seed, start, n, self.share)
+        selection = self._observer.select(rows, n_positions, tokens, mask)
+        self._local.pending = _Pending(request, selection, selection.take(activation))
+        return True
+
+    def _finish(self, activation: Tensor) -> None:
+        """Measure at the output hook, test, and swap the state."""
+        if "pending" not in self._local.__dict__:
+            raise CertifyError(
+                f"hook {self._observer.adapter.input_hook!r}, which the transcoder reads, did not fire "
+                f"before {self._observer.adapter.output_hook!r}"
+            )
+        pending: _Pending | None = self._local.__dict__.pop("pending")
+        if pending is None:
+            return
+        tested, short = Sums(), Sums()
+        values = np.empty((0, 3))
+        if len(pending.selection.rows):
+            columns = self._measure(pending, activation)
+            complete = pending.selection.complete
+            values = columns.values()[complete]
+            tested, short = Sums.of(columns, complete), Sums.of(columns, ~complete)
+        request = Request(**{**vars(pending.request), "tested": tested, "short": short})
+        with self._lock:
+            before = self._state.test.alarms
+            self._state = self._state.after(request, values, time.time(), self.window)
+            raised = [alarm for alarm in self._state.test.alarms if alarm not in before]
+        for alarm in raised:
+            self.on_alarm(alarm)
+
+    @torch.no_grad()
+    def _measure(self, pending: _Pending, activation: Tensor) -> Columns:
+        y = pending.selection.take(activation)
+        with torch.autocast(y.device.type, enabled=False):
+            if self._encoding is None:
+                return self._observer.measure(pending.selection, pending.x, y)
+            with self._encoding:
+                return self._observer.measure(pending.selection, pending.x, y)
+
+    def _without_bos(self, tokens: Tensor | None, mask: Tensor | None) -> int | None:
+        first = self.certificate.manifest["data"]["evaluation"]["source"].get("first_token")
+        if tokens is None or first is None:
+            return None
+        if mask is None:
+            return int((tokens[:, 0] != first).sum())
+        begins = mask.to(torch.int8).argmax(dim=1)
+        return int((tokens.gather(1, begins[:, None])[:, 0] != first).sum())
