@@ -92,7 +92,7 @@ def refusals(sae: Any, model: Any = None, config: CertifyConfig | None = None) -
         else:
             attempt(_check_layer, model_config, hook)
     attempt(check_output_hook, model, hooks[1])
-    attempt(check_stream_width, model_config, hooks[0], int(settings.d_in))
+    attempt(check_stream_width, model_config, hooks[0], settings.d_in)
     return reasons
 
 
