@@ -218,6 +218,7 @@ class Certificate:
             Plain JSON values, a pure function of the run: nothing in it is free to change.
         """
         sae = self.manifest["sae"]
+        origin = sae.get("origin", {})
         identity = json.dumps(self.manifest["identity"], sort_keys=True)
         return {
             "eval_type_id": EVAL_TYPE,
@@ -227,8 +228,8 @@ class Certificate:
             "eval_result_metrics": self.to_metrics(),
             "eval_result_details": [],
             "sae_bench_commit_hash": "",
-            "sae_lens_id": sae["id"],
-            "sae_lens_release_id": None,
+            "sae_lens_id": origin.get("sae_id") or sae["id"],
+            "sae_lens_release_id": origin.get("release"),
             "sae_lens_version": self.manifest["versions"]["sae-lens"],
             "sae_cfg_dict": sae["config"],
             "eval_result_unstructured": {

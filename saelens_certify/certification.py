@@ -28,7 +28,7 @@ from saelens_certify.preflight import (
 )
 from saelens_certify.proxies import variants_of
 from saelens_certify.saes import SAEAdapter, adapt
-from saelens_certify.saes.loading import load_sae
+from saelens_certify.saes.loading import open_sae
 from saelens_certify.saes.selfcheck import self_check
 
 _PROBE_SEQUENCES = 4
@@ -55,7 +55,8 @@ def certify(
     Args:
         model: A TransformerLens model (HookedTransformer, HookedSAETransformer, TransformerBridge,
             SAETransformerBridge). It is not changed.
-        sae: A SAELens SAE, a folder, or ``"release/sae_id"``. It is not changed.
+        sae: A SAELens SAE, a folder, ``"release/sae_id"``, or what `open_sae` returned. It is not
+            changed.
         calibration: Calibration documents: anything `as_sequences` accepts (token ids
             ``[n_sequences, >= L]``, texts, a Hugging Face dataset, a path, a hub name).
         evaluation: Evaluation documents, disjoint from the calibration documents.
@@ -77,7 +78,8 @@ def certify(
             f"config must be a CertifyConfig, got {type(config).__name__}; use CertifyConfig(...), or "
             "CertifyConfig.from_dict(...) for a dict"
         )
-    sae, asked_for = load_sae(sae)
+    loaded = open_sae(sae)
+    sae = loaded.sae
     adapter = adapt(sae)
     engine = ForwardEngine(model)
     check_settings(model, config)
@@ -104,7 +106,8 @@ def certify(
         evaluation=documents["evaluation"],
         config=config,
         self_check=dataclasses.asdict(checked),
-        sae_id=sae_id or asked_for,
+        sae_id=sae_id or loaded.name,
+        origin=loaded.origin(),
     )
     folder = None
     if output is not None:

@@ -49,6 +49,7 @@ def build_manifest(
     config: CertifyConfig,
     self_check: Mapping[str, Any],
     sae_id: str | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Collect the provenance of a run.
 
@@ -61,6 +62,7 @@ def build_manifest(
         config: Settings.
         self_check: Result of comparing the adapter with ``sae.forward``.
         sae_id: How the user named the SAE: ``release/sae_id`` or a folder.
+        origin: Where it was loaded from (`saes.loading.LoadedSAE.origin`).
 
     Returns:
         Plain JSON values. ``manifest["identity"]`` holds what must agree for a run to be resumed.
@@ -108,6 +110,7 @@ def build_manifest(
         },
         "sae": {
             "id": sae_id,
+            "origin": dict(origin or {}),
             "architecture": adapter.architecture,
             "encoder": type(adapter).__name__,
             "d_in": adapter.d_in,

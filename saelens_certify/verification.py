@@ -96,7 +96,8 @@ def verify(
         raise CertifyError("to measure again, verify needs all of model, sae and evaluation")
     if sample < 1:
         raise CertifyError(f"sample must be at least 1, got {sample}")
-    sae, _ = load_sae(sae)
+    # The hash is that of the certified dtype, whatever the checkpoint's is.
+    sae, _ = load_sae(sae, dtype=certificate.manifest["sae"]["dtype"])
     evaluation = sequences_for(model, evaluation, certificate.config)
     largest, n = _measure_again(certificate, model, sae, evaluation, sample, seed)
     return Verification(certificate, len(hashes), len(ids), n, largest)

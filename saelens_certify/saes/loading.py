@@ -79,7 +79,7 @@ def open_sae(spec: Any, device: str = "cpu", dtype: str | None = None) -> Loaded
     whatever the file holds. Here the file decides; a change is a warning.
 
     Args:
-        spec: A SAELens SAE (returned as it is), a folder with ``cfg.json`` and
+        spec: A SAELens SAE or `LoadedSAE` (taken as it is), a folder with ``cfg.json`` and
             ``sae_weights.safetensors``, a folder of EleutherAI's sparsify, a `SAESpec`,
             ``"release/sae_id"`` or ``"owner/repository/folder"``.
         device: Where to put a loaded SAE.
@@ -92,6 +92,8 @@ def open_sae(spec: Any, device: str = "cpu", dtype: str | None = None) -> Loaded
         CertifyError: If there is no such folder, release or id; or, before weights are fetched, if
             the configuration cannot be certified.
     """
+    if isinstance(spec, LoadedSAE):
+        return spec
     if dtype is not None:
         dtype = check_dtype(dtype)
     if isinstance(spec, SAESpec):
