@@ -22,7 +22,7 @@ from saelens_certify.integrations.sae_lens import inference_form, run_evals, seq
 from saelens_certify.integrations.sae_lens.activations_store import draw
 
 CONFIG = CertifyConfig(seq_len=world.SEQ_LEN, progress=False, part_sequences=64)
-NUMBERS = {"n_calibration_sequences": 60, "n_evaluation_sequences": 40}
+NUMBERS: dict[str, Any] = {"n_calibration_sequences": 60, "n_evaluation_sequences": 40}
 EVERYTHING = get_eval_everything_config(4, 2, 2)
 GROUP = "faithfulness_certificate"
 

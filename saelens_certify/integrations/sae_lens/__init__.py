@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from saelens_certify.integrations.sae_lens.evals import run_evals
     from saelens_certify.integrations.sae_lens.history import History, Record
     from saelens_certify.integrations.sae_lens.inference import inference_form
-    from saelens_certify.integrations.sae_lens.register import Registration, register, unregister
+    from saelens_certify.integrations.sae_lens.registration import (
+        Registration,
+        register,
+        unregister,
+    )
     from saelens_certify.integrations.sae_lens.training import CertifyingEvaluator
 
 __all__ = [
@@ -38,15 +42,15 @@ _HOMES = {
     "CertifyingEvaluator": "training",
     "History": "history",
     "Record": "history",
-    "Registration": "register",
+    "Registration": "registration",
     "documents_of_store": "activations_store",
     "inference_form": "inference",
     "is_store": "activations_store",
-    "register": "register",
+    "register": "registration",
     "resolve_stores": "activations_store",
     "run_evals": "evals",
     "sequences_of_store": "activations_store",
-    "unregister": "register",
+    "unregister": "registration",
 }
 
 

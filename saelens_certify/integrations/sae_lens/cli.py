@@ -1,0 +1,144 @@
+"""SAELens's evaluation command with the certificate in its results.
+
+Arguments and files are those of ``python -m sae_lens.evals``: its own parser and writers run. Two of
+its faults are mended from outside, for the time of the command only: SAEs whose metadata has no
+``model_from_pretrained_kwargs`` (Gemma Scope) end in a TypeError, and ``--compute_*`` flags are ignored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import sae_lens.evals
+
+from saelens_certify.config import CertifyConfig
+from saelens_certify.errors import CertifyError
+from saelens_certify.integrations.sae_lens.activations_store import N_CALIBRATION, N_EVALUATION
+from saelens_certify.integrations.sae_lens.registration import register
+from saelens_certify.integrations.sae_lens.state import replaced
+
+EXIT_DONE, EXIT_INPUT = 0, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run SAELens's evaluation command with certificates.
+
+    Args:
+        arguments: Command-line arguments; those of the process by default.
+
+    Returns:
+        0, or 2 if the arguments or the installed SAELens do not fit.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    ours, theirs = parser.parse_known_args(given)
+    if ours.help:
+        parser.print_help()
+        sae_lens.evals.process_args(["--help"])  # prints and exits
+    options = sae_lens.evals.process_args(theirs)
+    try:
+        config = CertifyConfig(
+            coding=ours.coding,
+            alpha=ours.alpha,
+            delta=ours.delta,
+            seq_len=ours.seq_len,
+            positions=ours.positions,
+            tau=ours.tau,
+            permutations=ours.permutations,
+            seed=ours.seed,
+            progress=options.verbose,
+        )
+        registration = register(
+            certify_config=config,
+            n_calibration_sequences=ours.n_calibration_sequences,
+            n_evaluation_sequences=ours.n_evaluation_sequences,
+            one_document_per_row=ours.one_document_per_row,
+            on_refusal="raise" if ours.stop_on_refusal else "record",
+        )
+        with registration, mended(options):
+            sae_lens.evals.run_evals_cli(theirs)
+    except CertifyError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_INPUT
+    return EXIT_DONE
+
+
+@contextmanager
+def mended(options: argparse.Namespace) -> Iterator[None]:
+    """Mend two faults of SAELens's command while it runs.
+
+    Args:
+        options: What SAELens's parser made of its arguments.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(replaced(sae_lens.evals, "SAE", _Loader))
+        chosen = {
+            name for name, value in vars(options).items() if name.startswith("compute_") and value
+        }
+        if chosen:
+            everything = sae_lens.evals.get_eval_everything_config
+
+            def only_chosen(*args: Any, **kwargs: Any) -> Any:
+                config = everything(*args, **kwargs)
+                names = [field.name for field in dataclasses.fields(config)]
+                flags = {name: name in chosen for name in names if name.startswith("compute_")}
+                return dataclasses.replace(config, **flags)
+
+            stack.enter_context(replaced(sae_lens.evals, "get_eval_everything_config", only_chosen))
+        yield
+
+
+class _Loader:
+    """Stands for ``SAE`` in ``multiple_evals``, which splats the metadata's keyword arguments."""
+
+    @staticmethod
+    def from_pretrained(*args: Any, **kwargs: Any) -> Any:
+        from sae_lens import SAE
+
+        sae = SAE.from_pretrained(*args, **kwargs)
+        if sae.cfg.metadata.model_from_pretrained_kwargs is None:
+            sae.cfg.metadata.model_from_pretrained_kwargs = {}
+        return sae
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = CertifyConfig()
+    parser = argparse.ArgumentParser(
+        prog="python -m saelens_certify.integrations.sae_lens",
+        usage="%(prog)s SAE_REGEX BLOCK_REGEX [options of sae_lens.evals] [options below]",
+        description="sae_lens.evals with a faithfulness certificate in every result.",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("certificate")
+    group.add_argument(
+        "-h", "--help", action="store_true", help="show both sets of options and exit"
+    )
+    group.add_argument("--coding", default=defaults.coding, help="'native' or 'topk:K'")
+    group.add_argument("--alpha", type=float, default=defaults.alpha, help="smoothing of the loss")
+    group.add_argument("--delta", type=float, default=defaults.delta, help="failure probability")
+    group.add_argument("--seq_len", type=int, default=defaults.seq_len, help="tokens a sequence")
+    group.add_argument("--positions", default=defaults.positions, help="'all' or 'no_bos'")
+    group.add_argument("--tau", type=int, default=defaults.tau, help="activations to join the pool")
+    group.add_argument("--permutations", type=int, default=0, help="shuffled controls to measure")
+    group.add_argument(
+        "--seed", type=int, default=defaults.seed, help="seed of sample and controls"
+    )
+    group.add_argument("--n_calibration_sequences", type=int, default=N_CALIBRATION)
+    group.add_argument("--n_evaluation_sequences", type=int, default=N_EVALUATION)
+    group.add_argument(
+        "--one_document_per_row",
+        action="store_true",
+        help="assert that each row of a pre-tokenised dataset is one document",
+    )
+    group.add_argument(
+        "--stop_on_refusal",
+        action="store_true",
+        help="end when an SAE cannot be certified, in place of recording the reason",
+    )
+    return parser

@@ -1,0 +1,334 @@
+"""`register`: SAELens's own functions and command include the group, and come back as they were."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sae_lens
+import sae_lens.evals
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sae_lens.evals import EvalConfig
+from sae_lens.training.activation_scaler import ActivationScaler
+
+from integrations import sae_lens_world as world
+from saelens_certify import CertifyConfig, CertifyError
+from saelens_certify.integrations.sae_lens import register, registration, run_evals, unregister
+from saelens_certify.integrations.sae_lens.cli import main
+from saelens_certify.integrations.sae_lens.registration import check_sae_lens
+
+ORIGINAL = sae_lens.run_evals
+GROUP = "faithfulness_certificate"
+SETTINGS: dict[str, Any] = {
+    "certify_config": CertifyConfig(seq_len=world.SEQ_LEN, progress=False),
+    "n_calibration_sequences": 30,
+    "n_evaluation_sequences": 20,
+}
+
+
+@pytest.fixture(autouse=True)
+def _as_installed() -> Any:
+    yield
+    sae_lens.run_evals = sae_lens.evals.run_evals = ORIGINAL
+    # What a failed test left behind must not fail the next one.
+    registration._installed.clear()
+    registration._registrations.clear()
+
+
+def _evaluate(**extra: Any) -> dict[str, Any]:
+    return sae_lens.run_evals(
+        world.trained_sae(), world.store(), world.model(), ActivationScaler(), EvalConfig(), **extra
+    )[0]
+
+
+def _in_place() -> bool:
+    return sae_lens.run_evals is ORIGINAL and sae_lens.evals.run_evals is ORIGINAL
+
+
+def test_the_installed_version_is_known() -> None:
+    check_sae_lens()
+    assert _in_place()
+
+
+def test_the_group_is_there_and_goes() -> None:
+    assert GROUP not in _evaluate()
+    register(**SETTINGS)
+    assert sae_lens.run_evals is sae_lens.evals.run_evals
+    assert inspect.signature(sae_lens.run_evals) == inspect.signature(ORIGINAL)
+    assert _evaluate()[GROUP]["n_sequences"] == 20
+    assert _evaluate(n_evaluation_sequences=10)[GROUP]["n_sequences"] == 10
+    unregister()
+    assert _in_place()
+    assert GROUP not in _evaluate()
+
+
+def test_our_own_run_evals_does_not_certify_twice(monkeypatch: Any) -> None:
+    calls: list[Any] = []
+    from saelens_certify.integrations.sae_lens import evals
+
+    certify = evals.certify
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return certify(*args, **kwargs)
+
+    monkeypatch.setattr(evals, "certify", counted)
+    with register(**SETTINGS):
+        arguments = (
+            world.trained_sae(),
+            world.store(),
+            world.model(),
+            ActivationScaler(),
+            EvalConfig(),
+        )
+        run_evals(*arguments, **SETTINGS)
+        assert len(calls) == 1
+        sae_lens.run_evals(*arguments)
+        assert len(calls) == 2
+
+
+def test_registering_again_is_harmless_and_one_unregister_ends_all() -> None:
+    register(**SETTINGS)
+    wrapper = sae_lens.run_evals
+    register(**{**SETTINGS, "n_evaluation_sequences": 11})
+    assert sae_lens.run_evals is wrapper
+    assert _evaluate()[GROUP]["n_sequences"] == 11
+    unregister()
+    assert _in_place()
+    unregister()  # and again
+    assert _in_place()
+
+
+def test_blocks_nest_and_end_only_themselves() -> None:
+    with register(**SETTINGS):
+        with register(**{**SETTINGS, "n_evaluation_sequences": 12}):
+            assert _evaluate()[GROUP]["n_sequences"] == 12
+        assert _evaluate()[GROUP]["n_sequences"] == 20
+    assert _in_place()
+    register(**SETTINGS)
+    with register(**SETTINGS):
+        pass
+    assert GROUP in _evaluate()
+
+
+def test_an_exception_inside_takes_it_back() -> None:
+    with pytest.raises(KeyError), register(**SETTINGS):
+        raise KeyError("inside")
+    assert _in_place()
+
+
+@settings(max_examples=40)
+@given(st.lists(st.sampled_from(["open", "close first", "close last", "unregister"]), max_size=12))
+def test_the_functions_are_replaced_exactly_while_somebody_is_registered(steps: list[str]) -> None:
+    alive: list[Any] = []
+    for step in steps:
+        if step == "open":
+            alive.append(register(**SETTINGS))
+        elif step == "unregister":
+            unregister()
+            alive.clear()
+        elif alive:
+            alive.pop(0 if step == "close first" else -1).close()
+        assert _in_place() == (not alive)
+    unregister()
+    assert _in_place()
+
+
+@pytest.mark.parametrize("where", [sae_lens, sae_lens.evals])
+def test_somebody_elses_replacement_is_not_undone(where: Any) -> None:
+    register(**SETTINGS)
+    ours = where.run_evals
+
+    @functools.wraps(ours)
+    def theirs(*args: Any, **kwargs: Any) -> Any:
+        metrics, features = ours(*args, **kwargs)
+        return {**metrics, "theirs": {"x": 1.0}}, features
+
+    where.run_evals = theirs
+    with pytest.raises(CertifyError, match=f"{where.__name__}.run_evals was replaced by"):
+        unregister()
+    assert where.run_evals is theirs
+    sae, store = world.trained_sae(), world.store()
+    metrics = theirs(sae, store, world.model(), ActivationScaler(), EvalConfig())[0]
+    assert "theirs" in metrics
+    assert GROUP not in metrics  # no longer added
+    register(**SETTINGS)  # works again where it was left
+    assert GROUP in theirs(sae, store, world.model(), ActivationScaler(), EvalConfig())[0]
+    where.run_evals = ours
+    unregister()
+    assert _in_place()
+
+
+def test_a_replacement_does_not_hide_an_exception() -> None:
+    def replace_and_fail() -> None:
+        with register(**SETTINGS):
+            sae_lens.run_evals = lambda *_, **__: None  # type: ignore[assignment]
+            raise KeyError("inside")
+
+    with (
+        pytest.warns(UserWarning, match="was replaced by"),
+        pytest.raises(KeyError, match="inside"),
+    ):
+        replace_and_fail()
+
+
+def _other_signature(sae: Any, store: Any) -> Any:
+    return sae, store
+
+
+def _other_caller(
+    sae_regex_pattern: str, sae_block_pattern: str, n_eval_reconstruction_batches: int,
+    n_eval_sparsity_variance_batches: int, eval_batch_size_prompts: int = 8, datasets: Any = None,
+    dataset_trust_remote_code: bool = False, ctx_lens: Any = None, output_dir: str = "",
+    verbose: bool = False,
+) -> None:  # fmt: skip
+    """Takes what `multiple_evals` takes and calls nothing."""
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "run_evals",
+            _other_signature,
+            r"sae_lens.evals.run_evals takes \('sae', 'store'\), expected",
+        ),
+        ("multiple_evals", None, "sae_lens.evals has no multiple_evals"),
+        ("multiple_evals", _other_caller, "multiple_evals does not call run_evals by its name"),
+        ("process_results", _other_signature, "sae_lens.evals.process_results takes"),
+    ],
+)
+def test_a_changed_sae_lens_is_refused(
+    name: str, value: Any, message: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(sae_lens.evals, name, value)
+    before = sae_lens.evals.run_evals
+    with pytest.raises(CertifyError, match=message) as caught:
+        register(**SETTINGS)
+    assert f"version {sae_lens.__version__}" in str(caught.value)
+    assert sae_lens.evals.run_evals is before
+    assert sae_lens.run_evals is ORIGINAL
+
+
+def test_unequal_functions_are_refused(monkeypatch: Any) -> None:
+    monkeypatch.setattr(sae_lens, "run_evals", functools.wraps(ORIGINAL)(lambda *_: None))
+    with pytest.raises(CertifyError, match="are not the same function"):
+        register()
+
+
+def test_unknown_settings_are_refused() -> None:
+    with pytest.raises(CertifyError, match=r"no settings \['n_sequences'\]"):
+        register(n_sequences=3)
+    assert _in_place()
+
+
+# SAELens's `multiple_evals` and its command, with releases of our own.
+
+
+@pytest.fixture
+def releases(monkeypatch: Any) -> dict[str, Any]:
+    """Two SAEs of a release, one of them not certifiable, a dataset "words", without a network."""
+    bad = world.trained_sae("topk", normalize_activations="expected_average_only_in")
+    saes = {"one": world.trained_sae("topk"), "two": bad}
+    for sae in saes.values():
+        sae.cfg.metadata.model_name = "words-model"
+    monkeypatch.setattr(world.model().cfg, "model_name", "words-model")
+
+    def directory() -> list[tuple[str, str, float, float]]:
+        return [("words", name, 0.0, 1.0) for name in saes]
+
+    class Models:
+        @staticmethod
+        def from_pretrained_no_processing(*_: Any, **__: Any) -> Any:
+            return world.model()
+
+    store_of_sae = sae_lens.evals.ActivationsStore.from_sae
+
+    def from_sae(model: Any, sae: Any, dataset: str, **options: Any) -> Any:
+        assert dataset == "words"
+        return store_of_sae(model, sae, world.text_dataset(), **options)
+
+    monkeypatch.setattr(sae_lens.evals, "all_loadable_saes", directory)
+    monkeypatch.setattr(sae_lens.evals, "HookedTransformer", Models)
+    monkeypatch.setattr(sae_lens.evals.ActivationsStore, "from_sae", staticmethod(from_sae))
+    monkeypatch.setattr(
+        sae_lens.SAE, "from_pretrained", staticmethod(lambda **asked: saes[asked["sae_id"]])
+    )
+    return saes
+
+
+ARGUMENTS = [
+    "words", "ONE", "--batch_size_prompts", "4", "--n_eval_reconstruction_batches", "1",
+    "--datasets", "words", "--ctx_lens", "16",
+]  # fmt: skip
+OURS = ["--seq_len", "12", "--n_calibration_sequences", "30", "--n_evaluation_sequences", "20"]
+
+
+def _arguments(pattern: str, folder: Path, *more: str) -> list[str]:
+    given = [pattern if item == "ONE" else item for item in ARGUMENTS]
+    return [*given, "--output_dir", str(folder), *OURS, *more]
+
+
+def test_multiple_evals_includes_the_group(releases: dict[str, Any], tmp_path: Path) -> None:
+    releases["one"].cfg.metadata.model_from_pretrained_kwargs = {}
+    with register(**SETTINGS):
+        found = sae_lens.evals.multiple_evals(
+            "words", "one", 1, 1, 4, datasets=["words"], ctx_lens=[16], output_dir=str(tmp_path)
+        )
+    assert [record["metrics"][GROUP]["n_sequences"] for record in found] == [20]
+
+
+def test_the_command_writes_the_group_to_the_files_of_sae_lens(
+    releases: dict[str, Any], tmp_path: Path
+) -> None:
+    # None here is what ends SAELens's own command for Gemma Scope.
+    assert releases["one"].cfg.metadata.model_from_pretrained_kwargs is None
+    with pytest.raises(TypeError, match="must be a mapping"):
+        sae_lens.evals.multiple_evals(
+            "words", "one", 1, 1, 4, datasets=["words"], ctx_lens=[16], output_dir=str(tmp_path)
+        )
+    with pytest.warns(UserWarning, match="no certificate"):
+        code = main(_arguments("one|two", tmp_path))
+    assert code == 0
+    assert _in_place()
+    records = json.loads((tmp_path / "all_eval_results.json").read_text())
+    first, second = (record["metrics"] for record in records)
+    assert first[GROUP]["n_sequences"] == 20
+    assert first[GROUP]["u_sae"] > 0
+    assert "expected_average_only_in" in second[GROUP]["refused"]
+    assert first["reconstruction_quality"].keys() == second["reconstruction_quality"].keys()
+    alone = json.loads((tmp_path / "words-one_16_words.json").read_text())
+    assert alone["metrics"] == first
+    header = (tmp_path / "all_eval_results.csv").read_text().splitlines()[0]
+    assert f"metrics.{GROUP}.u_sae" in header.split(",")
+    assert sae_lens.evals.SAE is sae_lens.SAE
+
+
+@pytest.mark.usefixtures("releases")
+def test_the_command_heeds_the_flags_that_sae_lens_ignores(tmp_path: Path) -> None:
+    everything = sae_lens.evals.get_eval_everything_config
+    assert main(_arguments("one", tmp_path, "--compute_ce_loss")) == 0
+    record = json.loads((tmp_path / "all_eval_results.json").read_text())[0]
+    assert set(record["metrics"]) == {"model_performance_preservation", "token_stats", GROUP}
+    assert sae_lens.evals.get_eval_everything_config is everything
+
+
+@pytest.mark.usefixtures("releases")
+def test_the_command_can_stop_at_a_refusal(tmp_path: Path, capsys: Any) -> None:
+    assert main(_arguments("one|two", tmp_path, "--stop_on_refusal")) == 2
+    assert "expected_average_only_in" in capsys.readouterr().err
+    assert main(_arguments("one", tmp_path, "--coding", "top:3")) == 2
+    assert _in_place()
+
+
+def test_the_command_shows_both_sets_of_options(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert "--n_evaluation_sequences" in shown
+    assert "--n_eval_reconstruction_batches" in shown
