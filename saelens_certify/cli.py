@@ -1,32 +1,50 @@
-"""The command line: ``saelens-certify demo | run | verify | info``.
+"""The command line: ``saelens-certify demo | run | verify | schema | info``.
 
 Exit codes: 0 done (``run``, ``demo``: whatever the verdict; with ``--require_nonvacuous`` only if the
 certificate is non-vacuous; ``verify``: everything matches), 1 vacuous although required, 2 wrong input or
 arguments, 3 damaged, edited or foreign evidence, 4 any other failure, 130 interrupted (run again to resume).
+Of several SAEs the largest code counts; one that fails does not stop the others.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
-import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from saelens_certify.build_info import build_info
 from saelens_certify.certificate import Certificate
-from saelens_certify.certification import certify, sequences_for
+from saelens_certify.certification import certify
+from saelens_certify.cli_exit import (
+    EXIT_DONE,
+    EXIT_EVIDENCE,
+    EXIT_FAILURE,
+    EXIT_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_VACUOUS,
+    guarded,
+)
+from saelens_certify.cli_run import (
+    Target,
+    add_run_arguments,
+    check_documents,
+    chosen_saes,
+    read_documents,
+)
 from saelens_certify.config import CertifyConfig
-from saelens_certify.data import load_documents, split
-from saelens_certify.errors import CertifyError, EvidenceError
+from saelens_certify.config_check import check_configs
+from saelens_certify.errors import CertifyError
 from saelens_certify.evidence import CERTIFICATE
-from saelens_certify.models import DEMO, load_model
+from saelens_certify.models import load_model
 from saelens_certify.report import (
     certificate_figure,
     check_picture,
@@ -34,12 +52,19 @@ from saelens_certify.report import (
     write_picture,
     write_report,
 )
-from saelens_certify.saes.loading import load_sae
+from saelens_certify.saes.loading import open_sae
 from saelens_certify.verification import verify
 from saelens_certify.version import __version__
 
-EXIT_DONE, EXIT_VACUOUS, EXIT_INPUT, EXIT_EVIDENCE, EXIT_FAILURE = 0, 1, 2, 3, 4
-EXIT_INTERRUPTED = 130
+__all__ = [
+    "EXIT_DONE",
+    "EXIT_EVIDENCE",
+    "EXIT_FAILURE",
+    "EXIT_INPUT",
+    "EXIT_INTERRUPTED",
+    "EXIT_VACUOUS",
+    "main",
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,21 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console, errors = Console(), Console(stderr=True)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     try:
-        return options.command(options, console)
-    except EvidenceError as error:
-        errors.print(f"evidence: {error}", style="red", markup=False, highlight=False)
-        return EXIT_EVIDENCE
-    except CertifyError as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False)
-        return EXIT_INPUT
+        return guarded(lambda: options.command(options, console), errors)
     except KeyboardInterrupt:
         errors.print("interrupted; the same command resumes the run", style="yellow")
         return EXIT_INTERRUPTED
-    except Exception:
-        # A crash must not look like a verdict to whoever reads the exit code.
-        traceback.print_exc()
-        errors.print("this failure was not foreseen; evidence measured so far is kept", style="red")
-        return EXIT_FAILURE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,36 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(demo, {"permutations": 1, "random_decoder": True})
     demo.set_defaults(command=_demo)
 
-    run = commands.add_parser("run", help="certify an SAE on a model and documents")
-    run.add_argument(
-        "--model", required=True, help=f"hub name, local Hugging Face folder, or '{DEMO}'"
-    )
-    run.add_argument("--sae", required=True, help="'release/sae_id' or a folder with cfg.json")
-    run.add_argument(
-        "--data",
-        help="documents, divided by content hash into calibration and evaluation: hub dataset, "
-        ".txt, .jsonl, .parquet, folder of texts, or token file (.npy, .safetensors)",
-    )
-    run.add_argument("--calibration", help="calibration documents, in place of --data")
-    run.add_argument("--evaluation", help="evaluation documents, in place of --data")
-    run.add_argument(
-        "--calibration_share", type=float, default=0.5, help="share of --data used for calibration"
-    )
-    run.add_argument("--limit", type=int, help="read at most this many sequences of each source")
-    run.add_argument("--split", help="split of a hub dataset, e.g. 'validation'")
-    run.add_argument("--revision", help="revision of a hub dataset")
-    run.add_argument("--text_column", default="text", help="column that holds the text")
-    run.add_argument(
-        "--model_class",
-        default="TransformerBridge",
-        choices=("TransformerBridge", "HookedTransformer"),
-        help="TransformerLens class",
-    )
-    run.add_argument("--device", default="cpu", help="torch device of the model")
-    run.add_argument("--llm_dtype", default="float32", help="dtype of the model's parameters")
-    run.add_argument(
-        "--output", type=Path, required=True, help="run's folder; resumed if it exists"
-    )
+    run = commands.add_parser("run", help="certify SAEs on a model and documents")
+    add_run_arguments(run)
     _add_settings(run, {})
     run.set_defaults(command=_run)
 
@@ -199,66 +185,69 @@ def _demo(options: argparse.Namespace, console: Console) -> int:
         config=config,
         output=options.output,
     )
-    return _finish(certificate, options, console)
+    return _finish(certificate, options, console, options.output)
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:
     config = _config(options)
     _check_output(options)
-    given = (
-        options.data is not None,
-        options.calibration is not None and options.evaluation is not None,
-    )
-    if sum(given) != 1 or (
-        options.data is not None and (options.calibration or options.evaluation)
-    ):
-        raise CertifyError("give either --data, or both --calibration and --evaluation")
-    share = options.calibration_share
-    if not 0 < share < 1:
-        raise CertifyError(f"--calibration_share must lie between 0 and 1, got {share}")
-    # What can be wrong is looked at before the model is loaded.
-    where = {
-        "split": options.split,
-        "revision": options.revision,
-        "text_column": options.text_column,
-    }
-    for source in (options.data, options.calibration, options.evaluation):
-        if source is not None:
-            load_documents(source, **where)
-    sae, sae_id = load_sae(options.sae)
+    targets = chosen_saes(options)
+    if len(targets) > 1 and options.picture is not None:
+        raise CertifyError("--picture is for one SAE; each run has its figure in report.html")
+    # What can be wrong is looked at before the model is loaded, and before any SAE's weights are.
+    check_documents(options)
+    saes = [target.source for target in targets]
+    check_configs(saes, None, config)
     model = load_model(
         options.model,
         model_class=options.model_class,
         device=options.device,
         dtype=options.llm_dtype,
     )
-    read: dict[str, Any] = {**where, "limit": options.limit}
-    if options.data is not None:
-        sequences = sequences_for(model, options.data, config, **read)
-        documents = split(sequences, [share, 1 - share], seed=config.seed)
-    else:
-        documents = {
-            name: sequences_for(model, getattr(options, name), config, **read)
-            for name in ("calibration", "evaluation")
-        }
-    certificate = certify(
-        model,
-        sae,
-        calibration=documents["calibration"],
-        evaluation=documents["evaluation"],
-        config=config,
-        output=options.output,
-        sae_id=sae_id,
-    )
-    return _finish(certificate, options, console)
+    check_configs(saes, model)
+    documents = read_documents(options, model, config)
+
+    def certified(target: Target) -> int:
+        certificate = certify(
+            model,
+            open_sae(target.source, options.device, options.sae_dtype),
+            calibration=documents["calibration"],
+            evaluation=documents["evaluation"],
+            config=config,
+            output=target.output,
+        )
+        return _finish(certificate, options, console, target.output)
+
+    if len(targets) == 1:
+        return certified(targets[0])
+    return _each(targets, certified, console)
 
 
-def _finish(certificate: Certificate, options: argparse.Namespace, console: Console) -> int:
+def _each(targets: list[Target], certified: Callable[[Target], int], console: Console) -> int:
+    """Certify several SAEs; one that fails does not stop the others."""
+    errors = Console(stderr=True)
+    codes: dict[str, int] = {}
+    for target in targets:
+        name = str(target.source)
+        console.rule(escape(f"{name} ({len(codes) + 1} of {len(targets)})"))
+        codes[name] = guarded(functools.partial(certified, target), errors)
+    failed = {name: code for name, code in codes.items() if code > EXIT_VACUOUS}
+    console.print(f"{len(codes) - len(failed)} of {len(codes)} SAEs have a certificate")
+    for name, code in failed.items():
+        errors.print(
+            f"failed: {name} (exit code {code})", style="red", markup=False, highlight=False
+        )
+    return max(codes.values())
+
+
+def _finish(
+    certificate: Certificate, options: argparse.Namespace, console: Console, output: Path
+) -> int:
     print_certificate(certificate, console)
-    page = write_report(certificate, options.output / "report.html")
+    page = write_report(certificate, output / "report.html")
     if options.picture is not None:
         write_picture(certificate_figure(certificate), options.picture)
-    for what, path in (("certificate", options.output / CERTIFICATE), ("report", page)):
+    for what, path in (("certificate", output / CERTIFICATE), ("report", page)):
         console.print(f"{what}: {path}", markup=False, highlight=False, soft_wrap=True)
     if options.require_nonvacuous and not certificate.nonvacuous:
         return EXIT_VACUOUS

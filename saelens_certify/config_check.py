@@ -39,9 +39,7 @@ def check_config(sae: Any, model: Any = None, config: CertifyConfig | None = Non
     Raises:
         CertifyError: With every reason.
     """
-    reasons = refusals(sae, model, config)
-    if reasons:
-        raise CertifyError(f"SAE {_name(sae)!r} cannot be certified: {'; '.join(reasons)}")
+    check_configs([sae], model, config)
 
 
 def check_configs(
@@ -54,6 +52,9 @@ def check_configs(
     """
     saes = list(saes)
     refused = {_name(sae): reasons for sae in saes if (reasons := refusals(sae, model, config))}
+    if len(saes) == 1:
+        for name, reasons in refused.items():
+            raise CertifyError(f"SAE {name!r} cannot be certified: {'; '.join(reasons)}")
     if refused:
         lines = [f"\n- {name}: {'; '.join(reasons)}" for name, reasons in refused.items()]
         raise CertifyError(
@@ -128,7 +129,7 @@ def _warn_about_context(settings: Any, config: CertifyConfig, name: str) -> None
         warnings.warn(
             f"SAE {name!r} was trained on contexts of {context} tokens; with seq_len = "
             f"{config.seq_len} it is certified on positions that it never saw",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
