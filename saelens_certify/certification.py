@@ -21,6 +21,7 @@ from saelens_certify.pool import Calibration
 from saelens_certify.positions import special_token_ids
 from saelens_certify.preflight import (
     check_bare,
+    check_order,
     check_pair,
     check_settings,
     check_width,
@@ -95,6 +96,7 @@ def certify(
 
     probe = documents["calibration"].tokens[:_PROBE_SEQUENCES]
     activations = engine.capture(probe, {adapter.input_hook, adapter.output_hook})
+    check_order(adapter, activations)
     check_width(adapter, activations)
     checked = self_check(sae, adapter, activations[adapter.input_hook])
     engine = ForwardEngine(model, choose_strategy(model, probe, adapter.output_hook))

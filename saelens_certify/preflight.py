@@ -133,6 +133,25 @@ def check_width(adapter: SAEAdapter, activations: dict[str, Tensor]) -> None:
             )
 
 
+def check_order(adapter: SAEAdapter, activations: dict[str, Tensor]) -> None:
+    """Check that what the SAE reads is computed before what it replaces.
+
+    Args:
+        adapter: The SAE.
+        activations: What a forward pass gave, in the order in which the hooks fired.
+
+    Raises:
+        CertifyError: If not: replacing the output would have to change an input already used.
+    """
+    fired = list(activations)
+    if fired.index(adapter.input_hook) > fired.index(adapter.output_hook):
+        raise CertifyError(
+            f"the SAE reads {adapter.input_hook}, which this model computes after "
+            f"{adapter.output_hook}, the activation to be replaced; check hook_name and hook_name_out "
+            "in the SAE's metadata"
+        )
+
+
 def warn_about_bos(model: Any, sequences: Sequences, name: str) -> None:
     """Warn if token data lacks the BOS that the model's convention asks for."""
     if getattr(model.cfg, "default_prepend_bos", False) and not sequences.source.prepends_bos:

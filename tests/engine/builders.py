@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from saelens_certify.demo.loader import hooked_config
+from saelens_certify.saes.own_classes import OWN_CLASSES
 
 D_MODEL, D_SAE, D_VOCAB, N_LAYERS, SEQ_LEN = 32, 96, 101, 3, 12
 BOS = 0
@@ -143,7 +144,10 @@ FACTORIES: dict[str, tuple[type, type]] = {
 }
 """SAELens's inference classes by architecture, each with its configuration."""
 
-TRANSCODERS = tuple(kind for kind in FACTORIES if "transcoder" in kind)
+ALL_KINDS = (*FACTORIES, *OWN_CLASSES)
+"""SAELens's architectures and those of this package."""
+
+TRANSCODERS = tuple(kind for kind in ALL_KINDS if "transcoder" in kind)
 
 
 def make_sae(
@@ -157,7 +161,7 @@ def make_sae(
         "d_in": D_MODEL, "d_sae": D_SAE, "device": "cpu", "dtype": "float32",
         "metadata": SAEMetadata(hook_name=hook, model_name=None),
     }  # fmt: skip
-    if kind in ("topk", "abstopk"):
+    if "topk" in kind or "groupmax" in kind:
         settings["k"] = 8
     if kind == "temporal":
         # Attention over features, in heads that must divide d_sae.
@@ -167,12 +171,17 @@ def make_sae(
     if kind in TRANSCODERS:
         settings |= {"d_out": overrides.get("d_in", D_MODEL), "apply_b_dec_to_input": False}
         settings["metadata"].hook_name_out = hook_out or "blocks.1.hook_mlp_out"
-    sae_class, config_class = FACTORIES[kind]
+    sae_class, config_class = FACTORIES.get(kind) or _own_class(kind)
     with torch.random.fork_rng():
         torch.manual_seed(3)
         sae: Any = sae_class(config_class(**{**settings, **overrides}))
         _fill(sae, kind)
     return sae
+
+
+def _own_class(kind: str) -> tuple[type, type]:
+    own = OWN_CLASSES[kind]
+    return own, own.config_class
 
 
 @torch.no_grad()
