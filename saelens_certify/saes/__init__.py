@@ -5,5 +5,14 @@ from saelens_certify.saes.architectures import adapt
 from saelens_certify.saes.coding import Coding
 from saelens_certify.saes.fused import FusedAdapter
 from saelens_certify.saes.normalize import TokenMap
+from saelens_certify.saes.sparsify import load_sparsify
 
-__all__ = ["Codes", "Coding", "FusedAdapter", "SAEAdapter", "TokenMap", "adapt"]
+__all__ = [
+    "Codes",
+    "Coding",
+    "FusedAdapter",
+    "SAEAdapter",
+    "TokenMap",
+    "adapt",
+    "load_sparsify",
+]

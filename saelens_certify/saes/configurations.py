@@ -12,7 +12,7 @@ from typing import Any
 from saelens_certify.errors import CertifyError
 from saelens_certify.saes.architectures import check_architecture, check_config
 from saelens_certify.saes.sources import CONFIG_FILE, SAESpec, near_releases, registry
-from saelens_certify.saes.sparsify import is_sparsify_folder, load_sparsify
+from saelens_certify.saes.sparsify import is_sparsify_folder, sparsify_config
 
 SPARSIFY_WEIGHTS = "sae.safetensors"
 
@@ -20,7 +20,7 @@ SPARSIFY_WEIGHTS = "sae.safetensors"
 def check_source(source: Path | SAESpec) -> tuple[Any, bool]:
     """Check all that an SAE's configuration tells by itself.
 
-    No weights of published SAEs are fetched, those of EleutherAI's sparsify excepted.
+    No weights are fetched or read.
 
     Returns:
         The configuration, and whether SAELens folds a scale into the weights while it loads them.
@@ -28,9 +28,11 @@ def check_source(source: Path | SAESpec) -> tuple[Any, bool]:
     Raises:
         CertifyError: With the reason, if it cannot be certified.
     """
-    sparse_coder = sparsify_folder(source)
+    sparse_coder = sparsify_folder(source, weights=False)
     if sparse_coder is not None:
-        return load_sparsify(sparse_coder).cfg, False
+        config = sparsify_config(sparse_coder)
+        check_config(config)
+        return config, False
     if isinstance(source, SAESpec):
         check_decoders(source)
     config, folds = read_config(source)
@@ -117,8 +119,12 @@ def check_decoders(source: SAESpec) -> None:
         )
 
 
-def sparsify_folder(source: Path | SAESpec) -> Path | None:
+def sparsify_folder(source: Path | SAESpec, *, weights: bool = True) -> Path | None:
     """Return the local folder of a sparsify checkpoint, fetching it if it is a repository's.
+
+    Args:
+        source: A folder or a published SAE.
+        weights: Whether to fetch the weights too.
 
     Returns:
         The folder; None if the source is in SAELens's format.
@@ -134,7 +140,8 @@ def sparsify_folder(source: Path | SAESpec) -> Path | None:
         config = Path(hf_hub_download(source.release, f"{source.sae_id}/{CONFIG_FILE}"))
         if "expansion_factor" not in json.loads(config.read_text(encoding="utf-8")):
             return None
-        hf_hub_download(source.release, f"{source.sae_id}/{SPARSIFY_WEIGHTS}")
+        if weights:
+            hf_hub_download(source.release, f"{source.sae_id}/{SPARSIFY_WEIGHTS}")
         with contextlib.suppress(EntryNotFoundError):  # the training run's settings
             parent = PurePosixPath(source.sae_id).parent
             hf_hub_download(source.release, str(parent / "config.json"))

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saelens_certify.errors import CertifyError
-from saelens_certify.saes import adapt
+from saelens_certify.saes import adapt, load_sparsify
+from saelens_certify.saes.configurations import check_source
 from saelens_certify.saes.groupmax import GroupMax
 from saelens_certify.saes.own_classes import OWN_CLASSES, register_with_sae_lens
-from saelens_certify.saes.sparsify import is_sparsify_folder, load_sparsify, sparsify_config
+from saelens_certify.saes.sparsify import is_sparsify_folder, sparsify_config
 from saes.sparsify_files import FORWARDS, WRITERS, Checkpoint, checkpoint, inputs, write
 
 KINDS = {
@@ -243,6 +244,9 @@ def test_metadata(tmp_path: Path) -> None:
 def test_configuration_without_weights(kind: str, tmp_path: Path) -> None:
     folder = write(checkpoint(**KINDS[kind]), tmp_path / "layers.1.mlp")
     expected = load_sparsify(folder).cfg
+    # As an audit does before it starts; an unreadable file shows that it is not read.
+    (folder / "sae.safetensors").write_bytes(b"")
+    assert check_source(folder)[0].to_dict() == expected.to_dict()
     (folder / "sae.safetensors").unlink()
     config = sparsify_config(folder)
     assert type(config) is type(expected)
