@@ -6,6 +6,8 @@ checkpoints, and its forward pass is compared with too.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 from collections.abc import Callable
@@ -17,13 +19,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-try:
-    # Its Triton kernel needs a GPU even to import; the plain form computes the same.
-    os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
-    from sparsify.config import SparseCoderConfig  # pyright: ignore[reportMissingImports]
-    from sparsify.sparse_coder import SparseCoder  # pyright: ignore[reportMissingImports]
-except ImportError:
-    SparseCoder = SparseCoderConfig = None
+# Its Triton kernel needs a GPU even to import; the plain form computes the same.
+os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
+SparseCoder: Any = None
+SparseCoderConfig: Any = None
+with contextlib.suppress(ImportError):
+    SparseCoder = importlib.import_module("sparsify.sparse_coder").SparseCoder
+    SparseCoderConfig = importlib.import_module("sparsify.config").SparseCoderConfig
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,6 @@ def write_with_sparsify(coder: Checkpoint, folder: Path) -> Path:
 
 def sparsify_coder(coder: Checkpoint) -> Any:
     """sparsify's own object with the weights of a checkpoint."""
-    assert SparseCoder is not None
-    assert SparseCoderConfig is not None
     settings = {key: value for key, value in coder.config.items() if key != "d_in"}
     own = SparseCoder(
         coder.config["d_in"],
