@@ -1,0 +1,131 @@
+"""Certificates over the steps of a training run: in memory, as JSON lines, as a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from saelens_certify.errors import CertifyError
+
+
+@dataclass(frozen=True)
+class Record:
+    """One certificate of a run.
+
+    Attributes:
+        step: Optimizer steps done; None where SAELens did not say (its own evaluations).
+        samples: Activations trained on; None likewise.
+        name: The SAE's name in a run of several, else its hook.
+        metrics: The flat numbers of `Certificate.to_metrics`; empty if there is no certificate.
+        refused: Why there is no certificate.
+        seconds: What it took.
+    """
+
+    step: int | None
+    samples: int | None
+    name: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    refused: str | None = None
+    seconds: float = 0.0
+
+
+class History:
+    """The records of a run, in order.
+
+    Args:
+        path: A file to append each record to as one line of JSON, at once; None keeps them in memory only.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.path = None if path is None else Path(path)
+        self.records: list[Record] = []
+        if self.path is not None:
+            if self.path.is_dir():
+                raise CertifyError(f"log={str(path)!r} is a folder; give a file, e.g. 'run.jsonl'")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.records[index]
+
+    def add(self, record: Record) -> None:
+        """Keep a record and write its line."""
+        self.records.append(record)
+        if self.path is None:
+            return
+        line = json.dumps(asdict(record), allow_nan=False) + "\n"
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def series(self, key: str, name: str | None = None) -> list[tuple[int | None, float]]:
+        """One number over the steps, e.g. ``series("u_sae")``, of one SAE or of all."""
+        return [
+            (record.step, record.metrics[key])
+            for record in self.records
+            if key in record.metrics and name in (None, record.name)
+        ]
+
+    def figure(self, name: str | None = None) -> Any:
+        """Bound, gap and baselines over the steps as a plotly figure.
+
+        Args:
+            name: The SAE to show, in a run of several; the first by default.
+        """
+        import plotly.graph_objects as go
+
+        name = name or next((record.name for record in self.records), None)
+        shown = {
+            "u_sae": ("U_SAE", "#1f5fa8", None),
+            "risk_pool": ("proxy risk", "#d1742b", None),
+            "risk_base": ("risk of the model", "#3d3d3d", None),
+            "gap": ("reconstruction gap", "#7a4ea3", None),
+            "baseline_unigram": ("unigram", "#8a8a8a", "dot"),
+            "baseline_uniform": ("uniform", "#8a8a8a", "dash"),
+        }
+        figure = go.Figure()
+        for key, (label, colour, dash) in shown.items():
+            points = self.series(key, name)
+            steps = [step if step is not None else i for i, (step, _) in enumerate(points)]
+            figure.add_scatter(
+                x=steps,
+                y=[value for _, value in points],
+                name=label,
+                mode="lines+markers" if dash is None else "lines",
+                line={"color": colour, "dash": dash},
+            )
+        figure.update_layout(
+            title=f"Certificate while training: {name}",
+            template="plotly_white",
+            xaxis_title="training step",
+            yaxis_title="bits per token",
+            yaxis_rangemode="tozero",
+        )
+        return figure
+
+    @classmethod
+    def load(cls, path: str | Path) -> History:
+        """Read a file of records; the result keeps them in memory and appends nothing.
+
+        Raises:
+            CertifyError: If a line is no record.
+        """
+        history = cls()
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                history.records.append(Record(**json.loads(line)))
+            except (TypeError, ValueError) as error:
+                raise CertifyError(
+                    f"{path}, line {number} is no record of a run: {error}"
+                ) from None
+        return history
