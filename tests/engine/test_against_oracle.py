@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import float64_oracle as oracle
+from oracle.oracle_sae import OracleSAE, code
 from oracle.test_oracle_sae import build
 
 from engine.builders import D_SAE, SEQ_LEN, hooked_transformer, make_sae, make_tokens
@@ -98,13 +99,16 @@ TRANSCODERS = [
     "jumprelu_skip_transcoder",
     "topk_transcoder",
     "topk_skip_transcoder",
+    "groupmax_transcoder",
+    "groupmax_skip_transcoder",
 ]
-DENSE = ["gated", *(kind for kind in TRANSCODERS if "topk" not in kind)]
+DENSE = ["gated", *(kind for kind in TRANSCODERS if not kind.startswith(("topk", "groupmax")))]
 """Kinds of which half of the features are active on a token."""
+NEW_KINDS = ["gated", "abstopk", "groupmax", "matching_pursuit", "temporal", *TRANSCODERS]
 
 
 @pytest.mark.parametrize("coding", ["native", "topk:5"])
-@pytest.mark.parametrize("kind", ["gated", "abstopk", "matching_pursuit", "temporal", *TRANSCODERS])
+@pytest.mark.parametrize("kind", NEW_KINDS)
 def test_every_architecture_matches_oracle(kind: str, coding: str) -> None:
     """With a pool that some sequences violate and others do not."""
     hooks = MLP if kind in TRANSCODERS else {}
@@ -185,6 +189,32 @@ def test_controls_match_oracle(kind: str, overrides: dict) -> None:
     certificate = check_against_oracle(sae, controls=controls)
     losses = [certificate.column(f"loss_{name}").mean() for name in ("sae", *controls)]
     assert len({round(loss, 4) for loss in losses}) == 4, "each control must change the loss"
+
+
+@pytest.mark.parametrize(
+    ("kind", "normalize"),
+    [
+        *((kind, "none") for kind in ("standard", "topk", "jumprelu", *NEW_KINDS)),
+        *((kind, "layer_norm") for kind in ("topk", "gated", "abstopk", "matching_pursuit")),
+        *((kind, "layer_norm") for kind in ("temporal", "topk_transcoder", "skip_transcoder")),
+    ],
+)
+def test_error_permutations_match_oracle(kind: str, normalize: str) -> None:
+    """Squared errors of many shuffles from one encoding, against decoding each of them densely."""
+    hooks = MLP if kind in TRANSCODERS else {}
+    sae = float32(kind, normalize_activations=normalize, **hooks)
+    x, y = (torch.randn(3, SEQ_LEN, 32, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    permutations = torch.stack([feature_permutation(D_SAE, SEED, index) for index in range(3)])
+    adapter, own = adapt(sae), OracleSAE.read(sae)
+    codes = adapter.encode(x)
+    found = adapter.permuted_errors(codes.features, codes.token_map, permutations, y.flatten(0, 1))
+    dense, gap = code(own, x.double())
+    clear = gap.flatten() > TIE
+    assert clear.double().mean() > 0.8
+    for error, permutation in zip(found, permutations, strict=True):
+        y_hat = oracle.Control(permutation=permutation).decode(own, dense, x.double())
+        expected = (y.double() - y_hat).square().sum(-1).flatten()
+        torch.testing.assert_close(error.double()[clear], expected[clear], rtol=1e-5, atol=1e-5)
 
 
 def float32(kind: str, **overrides) -> Any:

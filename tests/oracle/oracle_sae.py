@@ -24,6 +24,8 @@ TRANSCODERS = (
     "jumprelu_skip_transcoder",
     "topk_transcoder",
     "topk_skip_transcoder",
+    "groupmax_transcoder",
+    "groupmax_skip_transcoder",
 )
 KINDS = (
     "standard",
@@ -31,6 +33,7 @@ KINDS = (
     "abstopk",
     "jumprelu",
     "gated",
+    "groupmax",
     "matching_pursuit",
     "temporal",
     *TRANSCODERS,
@@ -49,7 +52,7 @@ class Selection:
     k: int | None
     """At most so many are selected, the largest by size; None: all that may be."""
     gap: Float[Tensor, "*batch"] | None = None
-    """For a selection that was made in steps: the smallest gap of any step."""
+    """For a selection that is made already, in steps or groups: the smallest gap of any of them."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,9 @@ class OracleSAE:
         k = options.get("k")
         if kind == "temporal" and cfg.sae_diff_type == "topk":
             k = cfg.kval_topk
+        if "groupmax" in kind:
+            # Here k is a number of groups, and each group selects by itself.
+            k = None
         hook = cfg.metadata.hook_name
         return OracleSAE(
             kind=kind,
@@ -118,14 +124,9 @@ class OracleSAE:
         return self.parameters["W_dec"].shape[0]
 
     @property
-    def steps(self) -> bool:
-        """Whether features are selected one after the other, each from what the last has left."""
-        return self.kind == "matching_pursuit"
-
-    @property
     def pool_masks_scores(self) -> bool:
         """Whether a native code restricted to a pool lets the next features of the pool enter."""
-        return self.kind not in ("matching_pursuit", "temporal")
+        return self.kind not in ("matching_pursuit", "temporal") and "groupmax" not in self.kind
 
     def normalizer(
         self, x: Float[Tensor, "*batch d_in"]
@@ -158,10 +159,13 @@ class OracleSAE:
 
     def select(self, x: Float[Tensor, "*batch d_in"]) -> Selection:
         """Return what the architecture decides on, before any pool."""
-        if self.steps:
+        if self.kind == "matching_pursuit":
             codes, gap = self._pursue(self.seen(x))
             return Selection(codes, certain(codes), None, gap)
         scores = self.scores(x)
+        if "groupmax" in self.kind:
+            codes, gap = self._best_of_groups(scores)
+            return Selection(codes, certain(codes), None, gap)
         if self.kind == "abstopk":
             # Any size but 0 will do, however small.
             return Selection(scores, certain(scores), self.k)
@@ -201,6 +205,20 @@ class OracleSAE:
             shift, size, _ = self.normalizer(x)
             return out * size + shift
         return out + x @ p["W_skip"].T if "W_skip" in p else out
+
+    def _best_of_groups(
+        self, scores: Float[Tensor, "*batch d_sae"]
+    ) -> tuple[Float[Tensor, "*batch d_sae"], Float[Tensor, "*batch"]]:
+        """Group-max: of each of k groups of neighbouring features the largest, if positive."""
+        codes = torch.zeros_like(scores)
+        gap = torch.full(scores.shape[:-1], math.inf, dtype=F64)
+        size = self.d_sae // self.options["k"]
+        for start in range(0, self.d_sae, size):
+            group = scores[..., start : start + size]
+            codes[..., start : start + size] = keep_largest(group.relu(), 1)
+            first, second = _first_two(group)
+            gap = torch.minimum(gap, torch.where(first > 0, first - second.relu(), -first))
+        return codes, gap
 
     def _pursue(
         self, seen: Float[Tensor, "*batch d_in"]
@@ -310,7 +328,7 @@ def code(
     """Return dense codes and, per token, the smallest gap around any selection decision.
 
     ``native`` with a pool masks the SAE's scores, so a native TopK admits the next in-pool features;
-    matching pursuit and temporal SAEs lose the features outside the pool, and no other enters.
+    matching pursuit, temporal and group-max SAEs lose the features outside the pool, and no other enters.
     ``topk:K`` with a pool masks the SAE's features (the output of its own encode) before the K
     largest are taken, which is the published protocol.
 
@@ -353,6 +371,13 @@ def code(
         outer = _selection_gap(features.abs(), certain(features), outer_k, features != 0)
         gap = torch.minimum(gap, outer)
     return keep_largest(features, outer_k), gap * unit
+
+
+def _first_two(scores: Float[Tensor, "*batch group"]) -> tuple[Tensor, Tensor]:
+    """Return the two largest scores of each row (-inf where there is no second)."""
+    padded = torch.cat([scores, torch.full_like(scores[..., :1], -math.inf)], dim=-1)
+    ranked = padded.sort(dim=-1, descending=True).values
+    return ranked[..., 0], ranked[..., 1]
 
 
 def certain(values: Tensor) -> Tensor:

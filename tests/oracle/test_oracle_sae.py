@@ -12,38 +12,32 @@ from engine.builders import D_MODEL, D_SAE, FACTORIES, SEQ_LEN, TRANSCODERS, mak
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saelens_certify.saes.topk_transcoder import (
-    TopKSkipTranscoder,
-    TopKSkipTranscoderConfig,
-    TopKTranscoder,
-    TopKTranscoderConfig,
-)
+from saelens_certify.saes.own_classes import OWN_CLASSES
 
 from .float64_oracle import Control
 from .oracle_sae import KINDS, OracleSAE, code, keep_largest
 
 HEADS, D_HEAD = 4, 8
 HOOK_Z = "blocks.1.attn.hook_z"
+LIKE = {
+    kind: "skip_transcoder" if "skip" in kind else "transcoder"
+    for kind in KINDS
+    if "transcoder" in kind
+}
+"""The kind of SAELens with the same parameters."""
 
 
 def build(kind: str, **overrides: Any) -> Any:
-    """Return a SAE of `make_sae` in float64; also the transcoders that SAELens lacks."""
+    """Return a SAE of `make_sae` in float64; also of the architectures that SAELens lacks."""
     overrides = {"dtype": "float64", **overrides}
-    if kind not in ("topk_transcoder", "topk_skip_transcoder"):
+    if kind not in OWN_CLASSES:
         return make_sae(kind, **overrides)
-    skip = "skip" in kind
     k = overrides.pop("k", 8)
-    like = make_sae("skip_transcoder" if skip else "transcoder", **overrides)
-    config = {
-        "d_in": like.cfg.d_in, "d_sae": like.cfg.d_sae, "d_out": like.cfg.d_out, "k": k,
-        "dtype": like.cfg.dtype, "metadata": like.cfg.metadata,
-        "normalize_activations": like.cfg.normalize_activations,
-    }  # fmt: skip
-    sae: Any = (
-        TopKSkipTranscoder(TopKSkipTranscoderConfig(**config))
-        if skip
-        else TopKTranscoder(TopKTranscoderConfig(**config))
-    )
+    like = make_sae(LIKE.get(kind, "standard"), **overrides)
+    sae_class = OWN_CLASSES[kind]
+    fields = {field.name for field in dataclasses.fields(sae_class.config_class)}
+    options = {name: value for name, value in vars(like.cfg).items() if name in fields}
+    sae: Any = sae_class(sae_class.config_class(**options, k=k))
     sae.load_state_dict(like.state_dict())
     return sae
 
@@ -84,7 +78,7 @@ CASES = [
 
 
 def test_every_architecture_of_saelens_is_known() -> None:
-    assert set(FACTORIES) <= set(KINDS)
+    assert set(FACTORIES) | set(OWN_CLASSES) == set(KINDS)
     assert set(TRANSCODERS) <= {kind for kind in KINDS if "transcoder" in kind}
 
 
