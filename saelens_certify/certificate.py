@@ -30,7 +30,7 @@ from saelens_certify.evidence import (
     read_table,
     reading,
 )
-from saelens_certify.manifest import Manifest
+from saelens_certify.manifest import Manifest, provenance
 from saelens_certify.pool import Calibration, Pool
 from saelens_certify.storage import dump_json, sha256_file, write_atomically
 
@@ -244,6 +244,7 @@ class Certificate:
                     }
                     for name, bound in self.bounds.items()
                 },
+                "provenance": provenance(self.manifest),
                 "identity": self.manifest["identity"],
                 "files": dict(sorted(files.items())),
             },

@@ -42,6 +42,7 @@ from saelens_certify.cli_run import (
 )
 from saelens_certify.config import CertifyConfig
 from saelens_certify.config_check import check_configs
+from saelens_certify.config_help import setting_descriptions
 from saelens_certify.errors import CertifyError
 from saelens_certify.evidence import CERTIFICATE
 from saelens_certify.models import load_model
@@ -110,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("folder", type=Path, help="run's folder")
     check.set_defaults(command=_verify)
 
+    schema = commands.add_parser("schema", help="print the JSON schema of certificate.json")
+    schema.set_defaults(command=_schema)
+
     info = commands.add_parser("info", help="what was built and what is active")
     info.set_defaults(command=_info)
     return parser
@@ -117,11 +121,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_settings(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> None:
     """Add one option for every field of `CertifyConfig`, under its own name."""
-    help_texts = _field_help()
+    help_texts = setting_descriptions()
     group = parser.add_argument_group("settings of the certificate")
     for field in dataclasses.fields(CertifyConfig):
         default = defaults.get(field.name, field.default)
-        keywords: dict[str, Any] = {"default": default, "help": help_texts[field.name]}
+        keywords: dict[str, Any] = {
+            "default": default,
+            "help": help_texts[field.name].replace("%", "%%"),
+        }
         if isinstance(field.default, bool):
             keywords["action"] = argparse.BooleanOptionalAction
         else:
@@ -137,21 +144,6 @@ def _add_settings(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> 
         action="store_true",
         help="exit with 1 if the certificate is vacuous",
     )
-
-
-def _field_help() -> dict[str, str]:
-    """Take each setting's description from the docstring of `CertifyConfig`."""
-    texts: dict[str, str] = {}
-    section = (CertifyConfig.__doc__ or "").split("Attributes:")[1]
-    for line in section.splitlines():
-        stripped = line.strip()
-        name, colon, rest = stripped.partition(": ")
-        if colon and name in {f.name for f in dataclasses.fields(CertifyConfig)}:
-            texts[name] = rest
-        elif stripped and texts:
-            last = next(reversed(texts))
-            texts[last] += f" {stripped}"
-    return {name: text.replace("``", "").replace("%", "%%") for name, text in texts.items()}
 
 
 def _config(options: argparse.Namespace) -> CertifyConfig:
@@ -261,6 +253,13 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
         f"verified: {result.n_files} files match their hashes, every number follows from "
         f"{result.n_sequences:,} rows of evidence"
     )
+    return EXIT_DONE
+
+
+def _schema(options: argparse.Namespace, console: Console) -> int:  # noqa: ARG001 - a command's signature
+    from saelens_certify.integrations.sae_bench import certificate_schema
+
+    print(json.dumps(certificate_schema(), indent=2))
     return EXIT_DONE
 
 

@@ -8,6 +8,7 @@ import json
 import platform
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,6 +133,20 @@ def build_manifest(
     }
 
 
+def provenance(manifest: Manifest) -> dict[str, Any]:
+    """Return what a reader of ``certificate.json`` alone needs; local paths lose their folders."""
+    model, sae = manifest["model"], manifest["sae"]
+    return {
+        "model": {name: model[name] for name in ("name", "class", "dtype")},
+        "sae": {name: sae.get(name) for name in ("architecture", "dtype", "origin")},
+        "data": {
+            name: {"n_sequences": side["n_sequences"], "source": _without_folders(side["source"])}
+            for name, side in manifest["data"].items()
+        },
+        "versions": manifest["versions"],
+    }
+
+
 def differences(ours: Manifest, theirs: Manifest) -> list[str]:
     """Say in which entries of their identity two manifests differ, each as ``"name: a, not b"``."""
     a, b = _flat(ours["identity"]), _flat(theirs.get("identity", {}))
@@ -174,6 +189,13 @@ def _model_settings(model: Any) -> Mapping[str, Any]:
     """Return the settings of a Hugging Face model or a HookedTransformer."""
     config = getattr(model, "config", None) or getattr(model, "cfg", None)
     return config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+
+
+def _without_folders(source: Mapping[str, Any]) -> dict[str, Any]:
+    location = source.get("location")
+    if location is not None and source.get("kind") != "hub":
+        location = Path(location).name
+    return {**source, "location": location}
 
 
 def _versions() -> dict[str, str]:

@@ -38,7 +38,7 @@ class LoadedSAE:
         sae: The SAELens object.
         name: What it was asked for by; None for a live object.
         release: SAELens release or Hugging Face repository, if it came from one.
-        sae_id: Its id there.
+        sae_id: Its id there; of a folder, the folder's name.
         checkpoint_dtype: Dtype in which the checkpoint stores it; None if that is not known.
     """
 
@@ -106,8 +106,9 @@ def open_sae(spec: Any, device: str = "cpu", dtype: str | None = None) -> Loaded
 
 
 def _from_folder(folder: Path, name: str, device: str, dtype: str | None) -> LoadedSAE:
+    named = LoadedSAE(None, name, sae_id=folder.absolute().name)
     if is_sparsify_folder(folder):
-        return _sparse_coder(folder, LoadedSAE(None, name), device, dtype)
+        return _sparse_coder(folder, named, device, dtype)
     config, _ = check_source(folder)
     own = OWN_CLASSES.get(config.architecture(), SAE)
     declared = check_dtype(config.dtype)
@@ -115,9 +116,8 @@ def _from_folder(folder: Path, name: str, device: str, dtype: str | None) -> Loa
         stored = file_dtype(folder / WEIGHTS_FILE)
         target = dtype or _natural(declared, stored)
         sae = own.load_from_disk(folder, device=device, dtype=target)
-    return _reported(
-        LoadedSAE(sae, name, checkpoint_dtype=stored), declared, None if dtype else declared
-    )
+    loaded = replace(named, sae=sae, checkpoint_dtype=stored)
+    return _reported(loaded, declared, None if dtype else declared)
 
 
 def _published(spec: SAESpec, device: str, dtype: str | None) -> LoadedSAE:

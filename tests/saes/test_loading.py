@@ -66,7 +66,7 @@ def test_dtype_of_a_folder(tmp_path, stored, declared, used, warns) -> None:
         loaded = open_sae(folder)
     assert loaded.dtype == used
     assert loaded.sae.W_enc.dtype == DTYPES[used]
-    assert loaded.origin() == {"release": None, "sae_id": None, "checkpoint_dtype": stored}
+    assert loaded.origin() == {"release": None, "sae_id": "sae", "checkpoint_dtype": stored}
     assert loaded.name == str(folder)
     messages = [str(w.message) for w in caught if "SAE '" in str(w.message)]
     assert bool(messages) == bool(warns)

@@ -1,0 +1,210 @@
+"""``certificate.json`` as a schema: SAEBench's envelope, with a title and a description of every entry.
+
+The envelope is that of SAEBench's ``BaseEvalOutput`` (its names, its types, flat metrics in categories); what
+stands inside is described here. ``ui_default_display`` marks what a leaderboard shows first, as there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from saelens_certify.certificate import EVAL_TYPE
+from saelens_certify.config import CertifyConfig
+from saelens_certify.config_help import setting_descriptions
+from saelens_certify.errors import CertifyError, EvidenceError
+from saelens_certify.integrations.sae_bench_metrics import METRICS, SHOWN
+
+_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+_Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").capitalize()
+
+
+def _entry(title: str, description: str, **more: Any) -> Any:
+    return Field(title=title, description=description, **more)
+
+
+_Settings: type[BaseModel] = create_model(
+    "Settings",
+    __base__=_Strict,
+    __doc__="Settings of the certificate.",
+    **{
+        field.name: (
+            (int | None) if field.default is None else type(field.default),
+            _entry(_words(field.name), setting_descriptions()[field.name]),
+        )
+        for field in dataclasses.fields(CertifyConfig)
+    },  # pyright: ignore[reportCallIssue, reportArgumentType]
+)
+
+
+class _Numbers(BaseModel):
+    """Flat numbers; controls (permuted_i, random_decoder) have entries of their own where measured."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    __pydantic_extra__: dict[str, _Finite] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+_Metrics: type[BaseModel] = create_model(
+    "FaithfulnessCertificateMetrics",
+    __base__=_Numbers,
+    __doc__=_Numbers.__doc__,
+    **{
+        name: (
+            _Finite,
+            _entry(title, text, json_schema_extra={"ui_default_display": True})
+            if name in SHOWN
+            else _entry(title, text),
+        )
+        for name, (title, text) in METRICS.items()
+    },  # pyright: ignore[reportCallIssue, reportArgumentType]
+)
+
+
+class _Categories(_Strict):
+    """Metrics by category."""
+
+    faithfulness_certificate: _Metrics = _entry(  # pyright: ignore[reportInvalidTypeForm]
+        "Faithfulness certificate",
+        "Bounds on the frozen model's expected loss by way of the SAE, and what they were computed from.",
+    )
+
+
+class _Bound(_Strict):
+    """One bound."""
+
+    value: _Finite = _entry("Value", "The bound, bits per token; never rounded down.")
+    confidence: _Finite = _entry(
+        "Confidence",
+        "Probability, over the draw of the evaluation sequences, that the bound holds.",
+    )
+    theorem: str = _entry("Theorem", "What is bounded, by which formula, from which source.")
+    assumptions: list[str] = _entry(
+        "Assumptions", "What must be true for the confidence to be right."
+    )
+    terms: dict[str, _Finite] = _entry("Terms", "Terms whose sum is the value, bits per token.")
+
+
+class _Side(_Strict):
+    """Documents of one side."""
+
+    n_sequences: int = _entry("Sequences", "Number of sequences, one a document.", ge=1)
+    source: dict[str, Any] = _entry(
+        "Source", "Where the documents came from and how many were left out, by reason."
+    )
+
+
+class _Data(_Strict):
+    """The documents."""
+
+    calibration: _Side = _entry(
+        "Calibration", "Documents from which the pool of features was built."
+    )
+    evaluation: _Side = _entry("Evaluation", "Documents on which everything was measured.")
+
+
+class _Provenance(_Strict):
+    """Where the certificate came from."""
+
+    model: dict[str, str | None] = _entry("Model", "The model's name, class and dtype.")
+    sae: dict[str, Any] = _entry(
+        "SAE",
+        "Architecture, dtype it was certified in, and release, id and dtype of its checkpoint.",
+    )
+    data: _Data = _entry("Data", "The documents, without folders of local paths.")
+    versions: dict[str, str] = _entry("Versions", "Versions of Python and the packages that count.")
+
+
+class _Unstructured(_Strict):
+    """What does not fit into flat metrics."""
+
+    verdict: str = _entry("Verdict", "The result in one sentence.")
+    bounds: dict[str, _Bound] = _entry("Bounds", "Every bound by name, with theorem and terms.")
+    provenance: _Provenance = _entry("Provenance", "Model, SAE, documents and versions.")
+    identity: dict[str, Any] = _entry(
+        "Identity", "What two runs must have in common to be the same run: settings and SHA-256s."
+    )
+    files: dict[str, _Sha256] = _entry(
+        "Files", "SHA-256 of every file of the run that the certificate rests on, by name."
+    )
+
+
+class _CertificateFile(_Strict):
+    """A faithfulness certificate of a sparse autoencoder in SAEBench's envelope."""
+
+    model_config = ConfigDict(title="Faithfulness certificate")
+
+    eval_type_id: Literal["faithfulness_certificate"] = _entry(
+        "Eval type", "What kind of evaluation this is."
+    )
+    eval_config: _Settings = _entry(  # pyright: ignore[reportInvalidTypeForm]
+        "Settings", "Settings of the certificate."
+    )
+    eval_id: str = _entry(
+        "Eval ID",
+        "UUID made from the run's identity: the same model, SAE, documents and settings give the same.",
+        pattern="^[0-9a-f]{8}-[0-9a-f]{4}-5[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}$",
+    )
+    datetime_epoch_millis: int = _entry(
+        "Time", "When the run began, milliseconds since 1970.", ge=0, le=9_999_999_999_999
+    )
+    eval_result_metrics: _Categories = _entry("Metrics", "Flat numbers by category.")
+    eval_result_details: list[dict[str, str | float | int | bool | None]] = _entry(
+        "Details", "Rows of flat entries; empty for one SAE."
+    )
+    sae_bench_commit_hash: str = _entry("SAEBench commit", "Empty: SAEBench did not run.")
+    sae_lens_id: str | None = _entry(
+        "SAE ID", "The SAE's id in its release, or the name by which it was certified."
+    )
+    sae_lens_release_id: str | None = _entry(
+        "SAE release", "SAELens release or Hugging Face repository; null if it came from neither."
+    )
+    sae_lens_version: str | None = _entry(
+        "SAELens version", "Version of SAELens that loaded the SAE."
+    )
+    sae_cfg_dict: dict[str, Any] | None = _entry("SAE configuration", "sae.cfg.to_dict().")
+    eval_result_unstructured: _Unstructured = _entry(
+        "Unstructured results", "Verdict, theorems, provenance and hashes."
+    )
+
+
+def certificate_schema() -> dict[str, Any]:
+    """Return the JSON schema (draft 2020-12) of ``certificate.json``."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return schema | _CertificateFile.model_json_schema()
+
+
+def check_certificate(values: Mapping[str, Any]) -> None:
+    """Check that a parsed ``certificate.json`` has the form that its schema describes.
+
+    This says nothing about its truth: see `saelens_certify.verify`.
+
+    Raises:
+        EvidenceError: Naming the first entries that have not.
+    """
+    if not isinstance(values, Mapping):
+        raise CertifyError(f"a certificate is a table of entries, got {type(values).__name__}")
+    if values.get("eval_type_id") != EVAL_TYPE:
+        raise EvidenceError(
+            f"this is no faithfulness certificate: its eval_type_id is {values.get('eval_type_id')!r}"
+        )
+    try:
+        _CertificateFile.model_validate(dict(values))
+    except ValidationError as error:
+        wrong = [
+            f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors()[:4]
+        ]
+        raise EvidenceError(
+            f"{error.error_count()} entries of the certificate are not what its schema says: "
+            f"{'; '.join(wrong)}"
+        ) from None
