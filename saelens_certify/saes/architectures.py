@@ -129,6 +129,11 @@ def _topk(sae: Any) -> FusedAdapter:
     if sae.cfg.rescale_acts_by_decoder_norm:
         # SAELens ranks by the score times the decoder norm and divides it out when decoding.
         scale = decoder.float().norm(dim=-1)
+        if not bool(scale.all()):
+            raise CertifyError(
+                f"W_dec row {int((scale == 0).nonzero()[0])} is zero, and rescale_acts_by_decoder_norm "
+                "divides by the norms of the rows: SAELens returns NaN for this SAE"
+            )
         decoder = decoder.float() / scale[:, None]
     return _fused(sae, k=int(sae.cfg.k), score_scale=scale, decoder=decoder)
 
@@ -228,12 +233,15 @@ def _temporal(sae: Any) -> SAEAdapter:
 
 
 def _groupmax(sae: Any) -> SAEAdapter:
+    is_transcoder = "transcoder" in sae.cfg.architecture()
+    mode = check_mode(sae.cfg.normalize_activations)
     skip = getattr(sae, "W_skip", None)
 
     def dense(sae: Any, x: Tensor) -> DenseCodes:
-        if skip is None:
-            return sae.encode(x), None
-        return sae.encode(x), TokenMap(shift=x.flatten(0, 1).float() @ skip.detach().float().T)
+        raw = x.flatten(0, 1).float()
+        if skip is not None:
+            return sae.encode(x), TokenMap(shift=raw @ skip.detach().float().T)
+        return sae.encode(x), None if is_transcoder else normalize(raw, mode)[1]
 
     return _own_encoder(sae, dense, sae.b_dec.detach().float())
 

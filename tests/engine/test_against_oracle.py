@@ -195,7 +195,8 @@ def test_controls_match_oracle(kind: str, overrides: dict) -> None:
     ("kind", "normalize"),
     [
         *((kind, "none") for kind in ("standard", "topk", "jumprelu", *NEW_KINDS)),
-        *((kind, "layer_norm") for kind in ("topk", "gated", "abstopk", "matching_pursuit")),
+        *((kind, "layer_norm") for kind in ("topk", "gated", "abstopk", "groupmax")),
+        ("matching_pursuit", "layer_norm"),
         *((kind, "layer_norm") for kind in ("temporal", "topk_transcoder", "skip_transcoder")),
     ],
 )

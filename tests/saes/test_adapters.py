@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine.builders import D_MODEL, D_SAE, FACTORIES, TRANSCODERS, make_sae
+from engine.builders import ALL_KINDS, D_MODEL, D_SAE, FACTORIES, TRANSCODERS, make_sae
 from hypothesis import given
 from hypothesis import strategies as st
 from sae_lens import (
@@ -46,7 +46,7 @@ SETTINGS = st.fixed_dictionaries(
 
 
 @given(
-    kind=st.sampled_from(sorted(FACTORIES)),
+    kind=st.sampled_from(sorted(ALL_KINDS)),
     overrides=SETTINGS,
     shape=st.sampled_from([(5,), (2, 3), (1, 1, 4)]),
     scale=st.sampled_from([0.1, 1.0, 30.0]),
@@ -71,6 +71,14 @@ def test_topk_of_any_k(kind, k, rescale) -> None:
     sae = make_sae(kind, k=k, rescale_acts_by_decoder_norm=rescale)
     x = torch.randn(6, D_MODEL, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(adapt(sae).reconstruct(x), sae.forward(x), atol=1e-4, rtol=1e-4)
+
+
+def test_a_dead_row_that_would_be_divided_by() -> None:
+    sae = make_sae("topk", rescale_acts_by_decoder_norm=True)
+    with torch.no_grad():
+        sae.W_dec[7] = 0
+    with pytest.raises(CertifyError, match="W_dec row 7 is zero"):
+        adapt(sae)
 
 
 def test_temporal_with_its_own_normalisation() -> None:
@@ -142,7 +150,7 @@ def test_saved_and_training_forms_agree(name, tmp_path) -> None:
         torch.testing.assert_close(adapt(training).reconstruct(x), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", sorted(FACTORIES))
+@pytest.mark.parametrize("kind", sorted(ALL_KINDS))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_self_check_in_the_precision_of_the_sae(kind, dtype) -> None:
     sae = make_sae(kind).to(dtype)
@@ -152,7 +160,7 @@ def test_self_check_in_the_precision_of_the_sae(kind, dtype) -> None:
     assert result.max_error <= result.tolerance
 
 
-@pytest.mark.parametrize("kind", sorted(FACTORIES))
+@pytest.mark.parametrize("kind", sorted(ALL_KINDS))
 def test_self_check_finds_a_changed_parameter(kind) -> None:
     sae, other = make_sae(kind), make_sae(kind)
     adapter = adapt(sae)
@@ -164,7 +172,7 @@ def test_self_check_finds_a_changed_parameter(kind) -> None:
 
 
 @pytest.mark.parametrize("reshape", ["hook_z", "none"])
-@pytest.mark.parametrize("kind", sorted(FACTORIES))
+@pytest.mark.parametrize("kind", sorted(ALL_KINDS))
 def test_the_sae_is_left_as_it_was(kind, reshape) -> None:
     """SAELens keeps norms, means and head sizes on the module; also after an error."""
     if kind in TRANSCODERS:
@@ -251,7 +259,7 @@ def test_uncoded_positions_are_read_and_not_returned(kind, coding, seed) -> None
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", sorted(FACTORIES))
+@pytest.mark.parametrize("kind", sorted(ALL_KINDS))
 @pytest.mark.parametrize("norm", ["none", "layer_norm"])
 def test_error_only_permutations_equal_decoding_them(kind, norm) -> None:
     adapter = adapt(make_sae(kind, normalize_activations=norm))
