@@ -17,14 +17,25 @@ if TYPE_CHECKING:
     from saelens_certify.certificate import Certificate
     from saelens_certify.certification import certify
     from saelens_certify.config import CertifyConfig
+    from saelens_certify.config_check import check_config, check_configs
     from saelens_certify.data import Sequences, as_sequences, split
+    from saelens_certify.integrations.sae_lens import (
+        CertifyingEvaluator,
+        register,
+        run_evals,
+        unregister,
+    )
+    from saelens_certify.integrations.transformer_lens import proxy_hooks
+    from saelens_certify.monitor import Monitor
     from saelens_certify.verification import Verification, verify
 
 __all__ = [
     "Certificate",
     "CertifyConfig",
     "CertifyError",
+    "CertifyingEvaluator",
     "EvidenceError",
+    "Monitor",
     "Sequences",
     "Verification",
     "__version__",
@@ -32,9 +43,15 @@ __all__ = [
     "bounds",
     "build_info",
     "certify",
+    "check_config",
+    "check_configs",
     "ops",
+    "proxy_hooks",
+    "register",
+    "run_evals",
     "saes",
     "split",
+    "unregister",
     "verify",
 ]
 
@@ -42,11 +59,19 @@ _MODULES = ("bounds", "ops", "saes")
 _HOMES = {
     "Certificate": "certificate",
     "CertifyConfig": "config",
+    "CertifyingEvaluator": "integrations.sae_lens",
+    "Monitor": "monitor",
     "Sequences": "data",
     "Verification": "verification",
     "as_sequences": "data",
     "certify": "certification",
+    "check_config": "config_check",
+    "check_configs": "config_check",
+    "proxy_hooks": "integrations.transformer_lens",
+    "register": "integrations.sae_lens",
+    "run_evals": "integrations.sae_lens",
     "split": "data",
+    "unregister": "integrations.sae_lens",
     "verify": "verification",
 }
 
