@@ -8,6 +8,7 @@ from typing import Any
 
 from saelens_certify.certificate import Certificate
 from saelens_certify.errors import CertifyError
+from saelens_certify.forward import check_hook, resolve_hook
 from saelens_certify.manifest import parameters_sha256, settings_sha256
 from saelens_certify.saes import SAEAdapter
 
@@ -40,21 +41,39 @@ def check_sae(certificate: Certificate, sae: Any, adapter: SAEAdapter) -> None:
             )
 
 
-def check_unspliced(model: Any, adapter: SAEAdapter) -> None:
-    """Check that no SAE stands where the monitor looks.
+def watched_hooks(model: Any, adapter: SAEAdapter) -> tuple[str, str]:
+    """Return where a model shows the activations at the SAE's input and output hooks.
+
+    Where an SAE is attached (``model.add_sae``), the hook has given way to it, and the model's own
+    activation is what that SAE reads.
+
+    Returns:
+        The two names, as the model knows them; the same twice where the SAE writes where it reads.
 
     Raises:
-        CertifyError: If one is attached there: the model's own activation cannot be seen then.
+        CertifyError: If the model has no such hook, or an attached transcoder hides the activation
+            that its output replaces.
     """
-    attached = getattr(model, "acts_to_saes", None) or getattr(model, "_acts_to_saes", None) or {}
-    for name, other in attached.items():
-        places = {name, getattr(getattr(other, "cfg", None), "hook_name_out", None)}
-        if places & {adapter.input_hook, adapter.output_hook}:
+    attached = getattr(model, "_acts_to_saes", None) or {}
+    same = adapter.input_hook == adapter.output_hook
+    for name, wrapper in attached.items():
+        places = {name, wrapper.sae.cfg.metadata.hook_name_out or name}
+        if adapter.output_hook not in places:
+            continue
+        if not same or len(places) > 1:
             raise CertifyError(
-                f"an SAE is attached to the model at {name!r}, where the monitor would see its output "
-                "instead of the model's activation; call model.reset_saes(), and to run with the "
-                "reconstruction put proxy_hooks(...) after the monitor's hooks"
+                f"an SAE is attached to the model at {adapter.output_hook!r}, where the monitor would see "
+                "its output instead of the model's activation; call model.reset_saes(), and to run with "
+                "the reconstruction put proxy_hooks(...) after the monitor's hooks"
             )
+        point = wrapper.hook_sae_input
+        found = next(key for key, value in model.hook_dict.items() if value is point)
+        return found, found
+    names = []
+    for name in (adapter.input_hook, adapter.output_hook):
+        check_hook(model, name)
+        names.append(resolve_hook(model, name))
+    return names[0], names[1]
 
 
 def other_model(certificate: Certificate, model: Any) -> tuple[str, ...]:

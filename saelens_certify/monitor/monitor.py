@@ -20,8 +20,7 @@ from torch import Tensor
 
 from saelens_certify.certificate import Certificate
 from saelens_certify.errors import CertifyError
-from saelens_certify.forward import check_hook, resolve_hook
-from saelens_certify.monitor.checks import check_numbers, check_sae, check_unspliced, other_model
+from saelens_certify.monitor.checks import check_numbers, check_sae, other_model, watched_hooks
 from saelens_certify.monitor.observe import Columns, Observer, Selection
 from saelens_certify.monitor.reference import sequence_values
 from saelens_certify.monitor.report import Report
@@ -134,7 +133,7 @@ class Monitor:
         self._settings = {"false_alarm": false_alarm, "run_length": run_length}
         self._notes: tuple[str, ...] = ()
         if model is not None:
-            self._check_model(model)
+            watched_hooks(model, adapter)
             self._notes = other_model(certificate, model)
             for note in self._notes:
                 warnings.warn(note, stacklevel=2)
@@ -177,7 +176,8 @@ class Monitor:
         Put them before hooks that change the activation, which they would else see changed.
 
         Args:
-            model: The model that will run; checks that it has the hooks.
+            model: The model that will run: checks that it has the hooks, and finds the activation where
+                an SAE is attached to it (``add_sae``). Without it, hooks of TransformerLens's names.
 
         Returns:
             One hook, or two for a transcoder.
@@ -186,21 +186,18 @@ class Monitor:
             CertifyError: If the model has no such hook.
         """
         adapter = self._observer.adapter
-        hooks: list[Hook] = [(adapter.output_hook, self._on_output)]
+        names = adapter.input_hook, adapter.output_hook
+        if model is not None:
+            names = watched_hooks(model, adapter)
         if adapter.input_hook == adapter.output_hook:
-            hooks = [(adapter.output_hook, self._on_both)]
-        else:
-            hooks.insert(0, (adapter.input_hook, self._on_input))
-        if model is None:
-            return hooks
-        self._check_model(model)
-        return [(resolve_hook(model, name), function) for name, function in hooks]
+            return [(names[0], self._on_both)]
+        return [(names[0], self._on_input), (names[1], self._on_output)]
 
     @contextmanager
     def attached(self, model: Any) -> Iterator[Monitor]:
         """Attach the hooks to a model for the length of a block.
 
-        Attach once and serve from many threads inside: adding and removing hooks is not
+        SAEs that are to be attached too (``add_sae``) come first. Attach once and serve from many threads inside: adding and removing hooks is not
         thread-safe in TransformerLens, running them is.
 
         Args:
@@ -294,12 +291,6 @@ class Monitor:
     def _test_settings(self) -> dict[str, Any]:
         return {**self._settings, "share": self.share, "seed": self.seed}
 
-    def _check_model(self, model: Any) -> None:
-        adapter = self._observer.adapter
-        for name in (adapter.input_hook, adapter.output_hook):
-            check_hook(model, name)
-        check_unspliced(model, adapter)
-
     def _on_both(self, activation: Tensor, hook: Any) -> None:  # noqa: ARG002 - TL's signature
         self._guarded(lambda: self._begin(activation) and self._finish(activation))
 
@@ -318,6 +309,9 @@ class Monitor:
         Returns:
             Whether it did not fail.
         """
+        if self._local.__dict__.get("busy"):  # an SAE that fires its own hooks as it encodes
+            return True
+        self._local.busy = True
         try:
             observe()
         except Exception as error:
@@ -327,6 +321,8 @@ class Monitor:
             if self.on_error == "raise":
                 raise
             return False
+        finally:
+            self._local.busy = False
         return True
 
     def _begin(self, activation: Tensor) -> bool:

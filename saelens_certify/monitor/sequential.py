@@ -150,10 +150,13 @@ class SequentialTest:
     ) -> tuple[Wealth, tuple[Alarm, ...]]:
         detector, done = self.detector, 0
         while self.log_run_length is not None and done < len(values):
-            moved, log_sums = detector.after(values[done:], bounds)
+            # A few at a time: what follows an alarm is computed again.
+            part = values[done : done + _DETECTED_TOGETHER]
+            moved, log_sums = detector.after(part, bounds)
             over = np.flatnonzero(log_mean_exp(log_sums, (1,)) >= self.log_run_length)
             if not len(over):
-                return moved, alarms
+                detector, done = moved, done + len(part)
+                continue
             first = int(over[0])
             done += first + 1
             alarm = _alarm("recent", self.n + done, log_sums[first], request, time)
@@ -198,6 +201,7 @@ class SequentialTest:
 
 
 _KEPT_ALARMS = 100
+_DETECTED_TOGETHER = 128
 
 
 def _keep_latest(alarms: tuple[Alarm, ...]) -> tuple[Alarm, ...]:
