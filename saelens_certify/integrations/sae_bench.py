@@ -37,7 +37,7 @@ def _entry(title: str, description: str, **more: Any) -> Any:
 _Settings: type[BaseModel] = create_model(
     "Settings",
     __base__=_Strict,
-    __doc__="Settings of the certificate.",
+    __doc__="Settings of a certificate.",
     **{
         field.name: (
             (int | None) if field.default is None else type(field.default),
@@ -71,7 +71,7 @@ _Metrics: type[BaseModel] = create_model(
 )
 
 
-class _Categories(_Strict):
+class MetricCategories(_Strict):
     """Metrics by category."""
 
     faithfulness_certificate: _Metrics = _entry(  # pyright: ignore[reportInvalidTypeForm]
@@ -80,7 +80,7 @@ class _Categories(_Strict):
     )
 
 
-class _Bound(_Strict):
+class BoundEntry(_Strict):
     """One bound."""
 
     value: _Finite = _entry("Value", "The bound, bits per token; never rounded down.")
@@ -95,7 +95,7 @@ class _Bound(_Strict):
     terms: dict[str, _Finite] = _entry("Terms", "Terms whose sum is the value, bits per token.")
 
 
-class _Side(_Strict):
+class Documents(_Strict):
     """Documents of one side."""
 
     n_sequences: int = _entry("Sequences", "Number of sequences, one a document.", ge=1)
@@ -104,16 +104,16 @@ class _Side(_Strict):
     )
 
 
-class _Data(_Strict):
+class Sides(_Strict):
     """The documents."""
 
-    calibration: _Side = _entry(
+    calibration: Documents = _entry(
         "Calibration", "Documents from which the pool of features was built."
     )
-    evaluation: _Side = _entry("Evaluation", "Documents on which everything was measured.")
+    evaluation: Documents = _entry("Evaluation", "Documents on which everything was measured.")
 
 
-class _Provenance(_Strict):
+class Origin(_Strict):
     """Where the certificate came from."""
 
     model: dict[str, str | None] = _entry("Model", "The model's name, class and dtype.")
@@ -121,16 +121,16 @@ class _Provenance(_Strict):
         "SAE",
         "Architecture, dtype it was certified in, and release, id and dtype of its checkpoint.",
     )
-    data: _Data = _entry("Data", "The documents, without folders of local paths.")
+    data: Sides = _entry("Data", "The documents, without folders of local paths.")
     versions: dict[str, str] = _entry("Versions", "Versions of Python and the packages that count.")
 
 
-class _Unstructured(_Strict):
+class Unstructured(_Strict):
     """What does not fit into flat metrics."""
 
     verdict: str = _entry("Verdict", "The result in one sentence.")
-    bounds: dict[str, _Bound] = _entry("Bounds", "Every bound by name, with theorem and terms.")
-    provenance: _Provenance = _entry("Provenance", "Model, SAE, documents and versions.")
+    bounds: dict[str, BoundEntry] = _entry("Bounds", "Every bound by name, with theorem and terms.")
+    provenance: Origin = _entry("Provenance", "Model, SAE, documents and versions.")
     identity: dict[str, Any] = _entry(
         "Identity", "What two runs must have in common to be the same run: settings and SHA-256s."
     )
@@ -139,7 +139,7 @@ class _Unstructured(_Strict):
     )
 
 
-class _CertificateFile(_Strict):
+class CertificateFile(_Strict):
     """A faithfulness certificate of a sparse autoencoder in SAEBench's envelope."""
 
     model_config = ConfigDict(title="Faithfulness certificate")
@@ -148,7 +148,7 @@ class _CertificateFile(_Strict):
         "Eval type", "What kind of evaluation this is."
     )
     eval_config: _Settings = _entry(  # pyright: ignore[reportInvalidTypeForm]
-        "Settings", "Settings of the certificate."
+        "Eval config", "What decides what the certificate says, and how it was computed."
     )
     eval_id: str = _entry(
         "Eval ID",
@@ -158,7 +158,7 @@ class _CertificateFile(_Strict):
     datetime_epoch_millis: int = _entry(
         "Time", "When the run began, milliseconds since 1970.", ge=0, le=9_999_999_999_999
     )
-    eval_result_metrics: _Categories = _entry("Metrics", "Flat numbers by category.")
+    eval_result_metrics: MetricCategories = _entry("Metrics", "Flat numbers by category.")
     eval_result_details: list[dict[str, str | float | int | bool | None]] = _entry(
         "Details", "Rows of flat entries; empty for one SAE."
     )
@@ -173,7 +173,7 @@ class _CertificateFile(_Strict):
         "SAELens version", "Version of SAELens that loaded the SAE."
     )
     sae_cfg_dict: dict[str, Any] | None = _entry("SAE configuration", "sae.cfg.to_dict().")
-    eval_result_unstructured: _Unstructured = _entry(
+    eval_result_unstructured: Unstructured = _entry(
         "Unstructured results", "Verdict, theorems, provenance and hashes."
     )
 
@@ -181,7 +181,7 @@ class _CertificateFile(_Strict):
 def certificate_schema() -> dict[str, Any]:
     """Return the JSON schema (draft 2020-12) of ``certificate.json``."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return schema | _CertificateFile.model_json_schema()
+    return schema | CertificateFile.model_json_schema()
 
 
 def check_certificate(values: Mapping[str, Any]) -> None:
@@ -199,7 +199,7 @@ def check_certificate(values: Mapping[str, Any]) -> None:
             f"this is no faithfulness certificate: its eval_type_id is {values.get('eval_type_id')!r}"
         )
     try:
-        _CertificateFile.model_validate(dict(values))
+        CertificateFile.model_validate(dict(values))
     except ValidationError as error:
         wrong = [
             f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors()[:4]
