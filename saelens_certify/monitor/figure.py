@@ -45,6 +45,7 @@ def monitor_figure(report: Report) -> go.Figure:
         figure.add_hline(
             y=report.state.test.reference.bounds[i],
             line={"dash": "dash", "width": 1, "color": _COLOURS[statistic]},
+            opacity=1,
             row=row,  # pyright: ignore[reportArgumentType]
             col=1,  # pyright: ignore[reportArgumentType]
         )
@@ -62,6 +63,7 @@ def monitor_figure(report: Report) -> go.Figure:
     figure.add_hline(
         y=report.log10_threshold,
         line={"dash": "dash", "width": 1, "color": "black"},
+        opacity=1,
         annotation_text="alarm",
         row=3,  # pyright: ignore[reportArgumentType]
         col=1,  # pyright: ignore[reportArgumentType]
@@ -70,6 +72,7 @@ def monitor_figure(report: Report) -> go.Figure:
         figure.add_vline(
             x=alarm.tested,
             line={"width": 1.5 if alarm.kind == "left" else 0.5, "color": "black"},
+            opacity=1,
         )
     figure.update_yaxes(title="share", rangemode="tozero", row=1, col=1)
     figure.update_yaxes(title="relative error", rangemode="tozero", row=2, col=1)

@@ -131,7 +131,7 @@ class Report:
         if alarm is not None:
             return (
                 f"ALARM after {alarm.tested:,} tested sequences: the stream has left what was certified "
-                f"({LABELS[alarm.statistic]}). If it had not, an alarm would ever be raised with "
+                f"({LABELS[alarm.statistic]}). A stream that had not would ever raise an alarm with "
                 f"probability {false_alarm:g} at most."
             )
         return (
@@ -150,8 +150,9 @@ class Report:
         totals, tested, length = self.totals, self.totals.tested, self.certificate.config.seq_len
         lines = [
             f"{totals.requests:,} requests, {totals.sequences:,} sequences, {totals.tokens:,} tokens; "
-            f"{tested.sequences:,} sequences tested (their first {length} tokens; a random share of "
-            f"{self.share:.3g} is measured)"
+            f"{tested.sequences:,} sequences tested (their first {length} tokens"
+            + ("" if self.share == 1 else f"; a random share of {self.share:.3g} is measured")
+            + ")"
         ]
         if tested.tokens:
             lines.append(
