@@ -67,15 +67,16 @@ def text_dataset(n: int = 300, seed: int = 0) -> Dataset:
 
 def store(dataset: Any = None, sae: Any = None, **options: Any) -> ActivationsStore:
     """A store of the dataset; contexts of 16 tokens."""
-    sae = trained_sae() if sae is None else sae
+    dataset = text_dataset() if dataset is None else dataset
+    return store_of(model(), trained_sae() if sae is None else sae, dataset, **options)
+
+
+def store_of(model: Any, sae: Any, dataset: Any, **options: Any) -> ActivationsStore:
+    """A store of anything, without SAELens's remarks."""
+    options = {"context_size": 16, "streaming": False, "total_tokens": 1, **options}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return ActivationsStore.from_sae(
-            model(),
-            sae,
-            text_dataset() if dataset is None else dataset,
-            **{"context_size": 16, "streaming": False, "total_tokens": 1, **options},
-        )
+        return ActivationsStore.from_sae(model, sae, dataset, **options)
 
 
 def trained_sae(kind: str = "topk", **options: Any) -> Any:

@@ -17,7 +17,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 
 from integrations import sae_lens_world as world
 from integrations.test_sae_lens_inference import assert_same, snapshot, training_sae
-from saelens_certify import CertifyConfig, CertifyError, certify
+from saelens_certify import CertifyConfig, CertifyError, certify, demo
 from saelens_certify.integrations.sae_lens import inference_form, run_evals, sequences_of_store
 from saelens_certify.integrations.sae_lens.activations_store import draw
 
@@ -204,3 +204,20 @@ def test_rows_asserted_to_be_documents_are_taken() -> None:
         _run(world.trained_sae(), store)
     assert _run(world.trained_sae(), store, one_document_per_row=True)[0][GROUP]["eta"] >= 0
     assert len(sequences_of_store(store, CONFIG, one_document_per_row=True)) == len(rows)
+
+
+def test_a_bridge_of_the_same_weights_gives_the_same_numbers() -> None:
+    from datasets import Dataset
+
+    sae, texts = demo.load_sae("layer4-topk"), demo.load_texts("evaluation")[:300]
+    found = []
+    for model_class in ("HookedTransformer", "TransformerBridge"):
+        model: Any = demo.load_model(model_class)
+        store = world.store_of(model, sae, Dataset.from_dict({"text": texts}), context_size=32)
+        config = EvalConfig(
+            batch_size_prompts=4, compute_ce_loss=True, n_eval_reconstruction_batches=1
+        )
+        options = {"certify_config": CertifyConfig(progress=False), **NUMBERS}
+        found.append(run_evals(sae, store, model, ActivationScaler(), config, **options)[0])
+    for group, numbers in found[0].items():
+        assert found[1][group] == pytest.approx(numbers, abs=1e-3)

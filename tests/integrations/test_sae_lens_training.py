@@ -45,6 +45,12 @@ def bundled() -> tuple[Any, list[str]]:
 
 
 @functools.cache
+def bridge() -> tuple[Any, list[str]]:
+    """The same as a TransformerBridge."""
+    return demo.load_model("TransformerBridge"), demo.load_texts("calibration")
+
+
+@functools.cache
 def tiny() -> tuple[Any, list[str]]:
     """A random model and random words, where only equality counts."""
     return world.model(), world.texts(1200)
@@ -137,11 +143,16 @@ def test_a_certificate_improves_while_an_sae_trains(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"kind": "batchtopk"}, {"kind": "topk"}, {"kind": "topk", "prefetch_llm_batches": 2}],
-    ids=["batchtopk", "topk", "prefetching"],
+    [
+        {"kind": "batchtopk"},
+        {"kind": "topk"},
+        {"kind": "topk", "prefetch_llm_batches": 2},
+        {"kind": "topk", "on": bridge},
+    ],
+    ids=["batchtopk", "topk", "prefetching", "bridge"],
 )
 def test_training_ends_with_the_same_weights_bit_by_bit(options: dict[str, Any]) -> None:
-    certifying = evaluator()
+    certifying = evaluator(options.get("on", tiny))
     run = runner(**options)
     with certifying.following(run, every=7):
         state = dict(run.run().state_dict())

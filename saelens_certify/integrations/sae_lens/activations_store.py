@@ -71,7 +71,8 @@ def documents_of_store(
         )
     column = store.tokens_column
     label = f"the ActivationsStore's dataset (column {column!r})"
-    rows = dataset.with_format(None)  # a copy: the store sets a format on the user's own object
+    # A copy without the format that the store set, which hides attention masks.
+    rows = dataset.with_format(None)
     if store.is_dataset_tokenized and not one_document_per_row:
         _refuse_contexts(rows, column, getattr(store.model, "tokenizer", None), label)
     order = None

@@ -105,7 +105,7 @@ def _converted(sae: Any) -> Any:
     """What ``save_inference_model`` writes and ``SAE.load_from_disk`` reads, without the disk."""
     from sae_lens import SAE
 
-    state = {name: value.detach().clone() for name, value in sae.state_dict().items()}
+    state = sae.state_dict()  # of a copy that nobody else has
     sae.process_state_dict_for_saving_inference(state)
     saved = SAE.from_dict(sae.cfg.get_inference_sae_cfg_dict())
     saved.process_state_dict_for_loading(state)
