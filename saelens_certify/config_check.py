@@ -20,7 +20,7 @@ from saelens_certify.preflight import (
 )
 from saelens_certify.saes.architectures import check_architecture, input_and_output_hook
 from saelens_certify.saes.architectures import check_config as check_sae_config
-from saelens_certify.saes.configurations import check_source
+from saelens_certify.saes.configurations import read_source
 from saelens_certify.saes.sources import SAESpec, parse_spec, sae_folder
 
 
@@ -52,15 +52,17 @@ def check_configs(
     """
     saes = list(saes)
     refused = {_name(sae): reasons for sae in saes if (reasons := refusals(sae, model, config))}
+    if not refused:
+        return
     if len(saes) == 1:
-        for name, reasons in refused.items():
-            raise CertifyError(f"SAE {name!r} cannot be certified: {'; '.join(reasons)}")
-    if refused:
-        lines = [f"\n- {name}: {'; '.join(reasons)}" for name, reasons in refused.items()]
-        raise CertifyError(
-            f"{len(refused)} of {len(saes)} SAEs cannot be certified; nothing was measured:"
-            + "".join(lines)
-        )
+        [(name, reasons)] = refused.items()
+        listed = f" {reasons[0]}" if len(reasons) == 1 else "".join(f"\n- {r}" for r in reasons)
+        raise CertifyError(f"SAE {name!r} cannot be certified:{listed}")
+    lines = [f"\n- {name}: {text}" for name, reasons in refused.items() for text in reasons]
+    raise CertifyError(
+        f"{len(refused)} of {len(saes)} SAEs cannot be certified; nothing was measured:"
+        + "".join(lines)
+    )
 
 
 def refusals(sae: Any, model: Any = None, config: CertifyConfig | None = None) -> list[str]:
@@ -77,6 +79,7 @@ def refusals(sae: Any, model: Any = None, config: CertifyConfig | None = None) -
     settings = attempt(_settings, sae)
     if settings is None:
         return reasons
+    attempt(check_sae_config, settings)
     if config is not None:
         _warn_about_context(settings, config, _name(sae))
     if model is None:
@@ -86,7 +89,10 @@ def refusals(sae: Any, model: Any = None, config: CertifyConfig | None = None) -
     if config is not None:
         attempt(check_settings, SimpleNamespace(cfg=model_config), config)
     attempt(check_model_name, model_config, settings.metadata)
-    hooks = input_and_output_hook(settings)
+    try:
+        hooks = input_and_output_hook(settings)
+    except CertifyError:
+        return reasons  # it is among them already
     for hook in dict.fromkeys(hooks):
         if whole:
             attempt(check_hook, model, hook)
@@ -98,11 +104,11 @@ def refusals(sae: Any, model: Any = None, config: CertifyConfig | None = None) -
 
 
 def _settings(sae: Any) -> Any:
-    """Return the checked configuration of an SAE in any form that `check_config` takes."""
+    """Return the configuration of an SAE in any form that `check_config` takes."""
     if isinstance(sae, (str, Path)):
         sae = sae_folder(sae) if Path(sae).is_dir() else parse_spec(str(sae))
     if isinstance(sae, (Path, SAESpec)):
-        return check_source(sae)[0]
+        return read_source(sae)[0]
     settings = getattr(sae, "cfg", sae)
     if not hasattr(settings, "architecture"):
         raise CertifyError(
@@ -110,7 +116,6 @@ def _settings(sae: Any) -> Any:
             "'release/sae_id', a SAESpec, sae.cfg or the SAE"
         )
     check_architecture(settings.architecture())
-    check_sae_config(settings)
     return settings
 
 

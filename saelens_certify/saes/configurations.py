@@ -18,30 +18,35 @@ SPARSIFY_WEIGHTS = "sae.safetensors"
 
 
 def check_source(source: Path | SAESpec) -> tuple[Any, bool]:
-    """Check all that an SAE's configuration tells by itself.
+    """Check all that an SAE's configuration tells by itself; see `read_source`.
 
-    No weights are fetched or read.
+    Raises:
+        CertifyError: With the reason, if it cannot be certified.
+    """
+    config, folds = read_source(source)
+    check_config(config)
+    return config, folds
+
+
+def read_source(source: Path | SAESpec) -> tuple[Any, bool]:
+    """Read the configuration of an SAE in any format; no weights are fetched or read.
 
     Returns:
         The configuration, and whether SAELens folds a scale into the weights while it loads them.
 
     Raises:
-        CertifyError: With the reason, if it cannot be certified.
+        CertifyError: If it cannot be read, or is of a kind that cannot be certified.
     """
     sparse_coder = sparsify_folder(source, weights=False)
     if sparse_coder is not None:
-        config = sparsify_config(sparse_coder)
-        check_config(config)
-        return config, False
+        return sparsify_config(sparse_coder), False
     if isinstance(source, SAESpec):
         check_decoders(source)
-    config, folds = read_config(source)
-    check_config(config)
-    return config, folds
+    return read_config(source)
 
 
 def read_config(source: Path | SAESpec) -> tuple[Any, bool]:
-    """Read an SAE's configuration; no weights are fetched.
+    """Read a configuration in SAELens's format.
 
     Args:
         source: An SAE folder in SAELens's format, or a published SAE.

@@ -150,7 +150,11 @@ def test_every_failure_of_every_sae_is_named(hub: HubCache) -> None:
     wrong: dict[str, Any] = {
         ids[0]: {},
         ids[1]: {"normalize_activations": "covariance_whitening"},
-        ids[2]: {"metadata": {"model_name": "gpt2-small"}, "d_in": 5},
+        ids[2]: {
+            "metadata": {"model_name": "gpt2-small"},
+            "d_in": 5,
+            "normalize_activations": "covariance_whitening",
+        },  # fmt: skip
         ids[3]: {},  # the model has three layers
     }
     specs = [publish(hub, sae_id, **settings) for sae_id, settings in wrong.items()]
@@ -161,12 +165,18 @@ def test_every_failure_of_every_sae_is_named(hub: HubCache) -> None:
     text = str(raised.value)
     assert text.startswith("4 of 5 SAEs cannot be certified; nothing was measured:")
     lines = text.splitlines()[1:]
-    assert [line.split(": ")[0] for line in lines] == [f"- {JB}/{sae_id}" for sae_id in ids[1:]]
-    assert "covariance_whitening" in lines[0]
-    assert "trained on 'gpt2-small'" in lines[1]
-    assert "width 5" in lines[1]  # both reasons
-    assert f"{N_LAYERS} layers" in lines[2]
-    assert "cannot be read" in lines[3]
+    expected = [
+        (1, "covariance_whitening"),
+        (2, "covariance_whitening"),
+        (2, "trained on 'gpt2-small'"),
+        (2, "width 5"),
+        (3, f"{N_LAYERS} layers"),
+        (4, "cannot be read"),
+    ]
+    assert len(lines) == len(expected)
+    for line, (layer, reason) in zip(lines, expected, strict=True):
+        assert line.startswith(f"- {JB}/{ids[layer]}: ")
+        assert reason in line
     check_configs(specs[:1], model)
 
 
