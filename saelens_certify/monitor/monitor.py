@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from saelens_certify.certificate import Certificate
@@ -24,7 +24,8 @@ from saelens_certify.monitor.checks import check_numbers, check_sae, other_model
 from saelens_certify.monitor.observe import Columns, Observer, Selection
 from saelens_certify.monitor.reference import sequence_values
 from saelens_certify.monitor.report import Report
-from saelens_certify.monitor.sampling import chosen, default_share
+from saelens_certify.monitor.sampling import chosen, default_share, encoder_products
+from saelens_certify.monitor.scope import Scope
 from saelens_certify.monitor.sequential import Alarm, SequentialTest
 from saelens_certify.monitor.state import State
 from saelens_certify.monitor.storage import read_state, write_state
@@ -47,15 +48,6 @@ def log_alarm(alarm: Alarm) -> None:
         alarm.tested,
         np.exp(min(alarm.log_e, 700.0)),
     )
-
-
-@dataclass
-class _Scope:
-    """What the user said about the request that a thread is serving."""
-
-    tokens: Int[Tensor, "batch pos"] | None
-    mask: Bool[Tensor, "batch pos"] | None
-    forwards: int
 
 
 @dataclass(frozen=True)
@@ -125,11 +117,11 @@ class Monitor:
         adapter = adapt(copy.copy(sae))
         check_sae(certificate, sae, adapter)
         self.certificate = certificate
-        self.share = share or default_share(
-            certificate.manifest, 2 if getattr(adapter, "signed", False) else 1
-        )
+        self.share = share or default_share(certificate.manifest, encoder_products(adapter))
         self.seed, self.window, self.on_error, self.on_alarm = seed, window, on_error, on_alarm
         self._observer = Observer.of(certificate, adapter)
+        source = certificate.manifest["data"]["evaluation"]["source"]
+        self._first_token: int | None = source.get("first_token")
         self._settings = {"false_alarm": false_alarm, "run_length": run_length}
         self._notes: tuple[str, ...] = ()
         if model is not None:
@@ -233,26 +225,11 @@ class Monitor:
             continuation: Whether already the first forward continues an earlier request.
 
         Raises:
-            CertifyError: If the shapes of the two differ.
+            CertifyError: If a shape is not [batch, pos], or the two differ.
         """
-        for name, given in (("tokens", tokens), ("attention_mask", attention_mask)):
-            if given is not None and given.dim() != 2:
-                raise CertifyError(f"{name} has shape {tuple(given.shape)}, not [batch, pos]")
-        if (
-            tokens is not None
-            and attention_mask is not None
-            and tokens.shape != attention_mask.shape
-        ):
-            raise CertifyError(
-                f"tokens have shape {tuple(tokens.shape)}, their attention_mask "
-                f"{tuple(attention_mask.shape)}"
-            )
+        scope = Scope.of(tokens, attention_mask, continuation)
         outer = self._local.__dict__.get("scope")
-        self._local.scope = _Scope(
-            None if tokens is None else tokens.cpu(),
-            None if attention_mask is None else attention_mask.cpu() != 0,
-            int(continuation),
-        )
+        self._local.scope = scope
         try:
             yield
         finally:
@@ -328,36 +305,32 @@ class Monitor:
     def _begin(self, activation: Tensor) -> bool:
         """Take what is needed of a forward at the input hook; return whether there is anything."""
         self._local.__dict__.pop("pending", None)  # of a forward that did not reach the output hook
-        n, n_positions = activation.shape[:2]
-        scope: _Scope | None = self._local.__dict__.get("scope")
-        first = scope.forwards == 0 if scope else n_positions > 1
-        if scope:
-            scope.forwards += 1
+        shape = n, n_positions = int(activation.shape[0]), int(activation.shape[1])
+        given: Scope | None = self._local.__dict__.get("scope")
+        # Outside of any request, a forward of one position is a step of generation with a cache.
+        first = given.forwards == 0 if given else n_positions > 1
+        if given:
+            given.forwards += 1
         if not first:
             self._local.pending = None
             with self._lock:
                 self._state = self._state.continued(n * n_positions)
             return False
-        tokens, mask = (scope.tokens, scope.mask) if scope else (None, None)
-        for name, given in (("tokens", tokens), ("attention_mask", mask)):
-            if given is not None and given.shape != (n, n_positions):
-                raise CertifyError(
-                    f"{name} of the request have shape {tuple(given.shape)}, the forward is of "
-                    f"{(n, n_positions)}"
-                )
+        scope = given or Scope()
+        scope.check_shape(shape)
         with self._lock:
             number, start = self._arrived
             self._arrived = (number + 1, start + n)
-        lengths = torch.full((n,), n_positions) if mask is None else mask.sum(dim=1)
+        lengths = scope.lengths(shape)
         request = Request(
             number=number,
             sequences=n,
             tokens=int(lengths.sum()),
             late_tokens=int((lengths - self._observer.seq_len).clamp(min=0).sum()),
-            without_bos=self._without_bos(tokens, mask),
+            without_bos=scope.without(self._first_token),
         )
         rows = chosen(self.seed, start, n, self.share)
-        selection = self._observer.select(rows, n_positions, tokens, mask)
+        selection = self._observer.select(rows, n_positions, scope.tokens, scope.mask)
         self._local.pending = _Pending(request, selection, selection.take(activation))
         return True
 
@@ -394,12 +367,3 @@ class Monitor:
                 return self._observer.measure(pending.selection, pending.x, y)
             with self._encoding:
                 return self._observer.measure(pending.selection, pending.x, y)
-
-    def _without_bos(self, tokens: Tensor | None, mask: Tensor | None) -> int | None:
-        first = self.certificate.manifest["data"]["evaluation"]["source"].get("first_token")
-        if tokens is None or first is None:
-            return None
-        if mask is None:
-            return int((tokens[:, 0] != first).sum())
-        begins = mask.to(torch.int8).argmax(dim=1)
-        return int((tokens.gather(1, begins[:, None])[:, 0] != first).sum())

@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from saelens_certify.saes import SAEAdapter
+from saelens_certify.saes.fused import FusedAdapter
+
 COST = 0.05
 """Share of a forward's time that the monitor may cost by default."""
 
@@ -41,6 +44,17 @@ def default_share(manifest: dict[str, Any], encoder_products: int = 1) -> float:
     forward = max(model["n_parameters"] - embedding, embedding)
     encode = encoder_products * sae["d_in"] * sae["d_sae"]
     return min(1.0, _MARGIN * COST * forward / encode)
+
+
+def encoder_products(adapter: SAEAdapter) -> int:
+    """Count what encoding a token costs in products with the encoder's matrix.
+
+    Two for AbsTopK, which is encoded once for each sign. SAEs that are encoded by their own code form
+    dense activations and sort them: about four, where they are not iterative.
+    """
+    if not isinstance(adapter, FusedAdapter):
+        return 4
+    return 2 if adapter.signed else 1
 
 
 def chosen(seed: int, first: int, n: int, share: float) -> NDArray[np.intp]:
