@@ -15,6 +15,7 @@ from saelens_certify.data import Sequences, as_sequences, check_disjoint
 from saelens_certify.errors import CertifyError
 from saelens_certify.evidence import EVIDENCE, RunFolder, reading, to_table
 from saelens_certify.forward import ForwardEngine, choose_strategy
+from saelens_certify.integrations.sae_lens.activations_store import resolve_stores
 from saelens_certify.manifest import build_manifest
 from saelens_certify.measure import Subject, calibrate, measure
 from saelens_certify.pool import Calibration
@@ -59,7 +60,8 @@ def certify(
         sae: A SAELens SAE, a folder, ``"release/sae_id"``, or what `open_sae` returned. It is not
             changed.
         calibration: Calibration documents: anything `as_sequences` accepts (token ids
-            ``[n_sequences, >= L]``, texts, a Hugging Face dataset, a path, a hub name).
+            ``[n_sequences, >= L]``, texts, a Hugging Face dataset, a path, a hub name), or a SAELens
+            ActivationsStore (see `resolve_stores`).
         evaluation: Evaluation documents, disjoint from the calibration documents.
         config: Settings; the published protocol is ``CertifyConfig(coding="topk:64")``.
         output: Folder for manifest, evidence and certificate. None keeps everything in memory.
@@ -86,6 +88,7 @@ def certify(
     check_settings(model, config)
     check_bare(model, sae)
     check_pair(model, sae, adapter)
+    calibration, evaluation = resolve_stores(model, calibration, evaluation, config)
     documents = {
         name: sequences_for(model, data, config).canonical()
         for name, data in (("calibration", calibration), ("evaluation", evaluation))

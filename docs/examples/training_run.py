@@ -2,6 +2,7 @@
 
 import warnings
 
+import torch
 from datasets import Dataset
 from sae_lens import (
     BatchTopKTrainingSAEConfig,
@@ -10,11 +11,11 @@ from sae_lens import (
 )
 from sae_lens.config import LoggingConfig
 
-from saelens_certify import CertifyConfig, demo
-from saelens_certify.integrations.sae_lens import CertifyingEvaluator
+from saelens_certify import CertifyConfig, CertifyingEvaluator, demo
 
 warnings.simplefilter("ignore")  # SAELens's remarks about small datasets
 
+torch.manual_seed(0)  # SAELens does not seed its runs
 model = demo.load_model("HookedTransformer")
 texts = Dataset.from_dict({"text": demo.load_texts("calibration")[:2500]})
 

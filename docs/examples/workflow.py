@@ -8,8 +8,7 @@ from sae_lens import ActivationsStore
 from sae_lens.evals import EvalConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 
-from saelens_certify import CertifyConfig, demo
-from saelens_certify.integrations.sae_lens import register, run_evals
+from saelens_certify import CertifyConfig, demo, register, run_evals
 
 warnings.simplefilter("ignore")  # SAELens's remarks about small datasets
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from integrations import sae_lens_world as world
-from saelens_certify import CertifyConfig, CertifyError
+from saelens_certify import CertifyConfig, CertifyError, certify
 from saelens_certify.integrations.sae_lens import (
     documents_of_store,
     is_store,
@@ -159,6 +159,22 @@ def test_stores_on_both_sides_are_divided_and_other_data_is_let_through() -> Non
     assert is_store(one)
     assert not is_store(texts)
     assert len(calibration) == len(_long_enough(world.texts(300)))
+
+
+def test_certify_takes_stores() -> None:
+    sae = world.trained_sae()
+    touched, untouched = world.store(sae=sae), world.store(sae=sae)
+    with pytest.warns(UserWarning, match="were asked for"):
+        certificate = certify(
+            world.model(), sae, calibration=touched, evaluation=touched, config=CONFIG
+        )
+    data = certificate.manifest["data"]
+    sizes = [data[name]["n_sequences"] for name in ("calibration", "evaluation")]
+    assert sum(sizes) == len(_long_enough(world.texts(300)))
+    source = data["evaluation"]["source"]
+    assert source["kind"] == "activations_store"
+    assert "rows in random order, seed=5" in source["selection"]
+    assert torch.equal(touched.get_batch_tokens(30), untouched.get_batch_tokens(30))
 
 
 def test_two_loads_of_one_dataset_do_not_meet_either() -> None:
