@@ -14,7 +14,6 @@ from sae_lens.config import LoggingConfig
 from saelens_certify import CertifyConfig, CertifyingEvaluator, demo
 
 warnings.simplefilter("ignore")  # SAELens's remarks about small datasets
-
 torch.manual_seed(0)  # SAELens does not seed its runs
 model = demo.load_model("HookedTransformer")
 texts = Dataset.from_dict({"text": demo.load_texts("calibration")[:2500]})
