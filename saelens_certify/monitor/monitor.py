@@ -21,8 +21,7 @@ from torch import Tensor
 from saelens_certify.certificate import Certificate
 from saelens_certify.errors import CertifyError
 from saelens_certify.monitor.checks import check_numbers, check_sae, other_model, watched_hooks
-from saelens_certify.monitor.observe import Columns, Observer, Selection
-from saelens_certify.monitor.reference import sequence_values
+from saelens_certify.monitor.observe import Columns, Observer, Selection, evidence_values
 from saelens_certify.monitor.report import Report
 from saelens_certify.monitor.sampling import chosen, default_share, encoder_products
 from saelens_certify.monitor.scope import Scope
@@ -129,24 +128,8 @@ class Monitor:
             self._notes = other_model(certificate, model)
             for note in self._notes:
                 warnings.warn(note, stacklevel=2)
-        self._state = State(
-            SequentialTest.start(
-                sequence_values(
-                    *(
-                        certificate.column(name)
-                        for name in (
-                            "violation",
-                            "outside",
-                            "l0",
-                            "mse_no_first",
-                            "variance_no_first",
-                        )
-                    )
-                ),
-                false_alarm,
-                run_length,
-            )
-        )
+        values = evidence_values(certificate)
+        self._state = State(SequentialTest.start(values, false_alarm, run_length))
         self._arrived = (0, 0)  # requests, sequences
         self._lock = threading.Lock()
         self._encoding = None if isinstance(adapter, FusedAdapter) else threading.Lock()
@@ -189,8 +172,9 @@ class Monitor:
     def attached(self, model: Any) -> Iterator[Monitor]:
         """Attach the hooks to a model for the length of a block.
 
-        SAEs that are to be attached too (``add_sae``) come first. Attach once and serve from many threads inside: adding and removing hooks is not
-        thread-safe in TransformerLens, running them is.
+        SAEs that are to be attached too (``add_sae``) come first. Attach once and serve from many
+        threads inside: adding and removing hooks is not thread-safe in TransformerLens, running
+        them is.
 
         Args:
             model: The model.
@@ -198,11 +182,14 @@ class Monitor:
         Raises:
             CertifyError: If it has no such hooks.
         """
+        before = self._state
         with model.hooks(fwd_hooks=self.hooks(model)):
             try:
                 yield self
             finally:
                 self._local.__dict__.pop("pending", None)
+        if self._state is before:
+            _LOGGER.warning("the monitor saw no forward in the whole block: did its hooks fire?")
 
     @contextmanager
     def request(
@@ -243,7 +230,8 @@ class Monitor:
     def reset(self) -> None:
         """Begin a new test, after an alarm was dealt with; counts and history begin anew too.
 
-        Each period between resets has the full false-alarm probability.
+        The reference's half of the false-alarm probability is spent once, the stream's in each
+        period: over k periods it is (k + 1) / 2 times ``false_alarm`` at most.
         """
         with self._lock:
             self._state = State(self._state.test.restarted())
@@ -273,9 +261,7 @@ class Monitor:
 
     def _on_input(self, activation: Tensor, hook: Any) -> None:  # noqa: ARG002 - TL's signature
         if not self._guarded(lambda: self._begin(activation)):
-            self._local.pending = (
-                None  # the output hook has nothing to compare, and that is no news
-            )
+            self._local.pending = None  # then the output hook's having nothing is no second error
 
     def _on_output(self, activation: Tensor, hook: Any) -> None:  # noqa: ARG002 - TL's signature
         self._guarded(lambda: self._finish(activation))

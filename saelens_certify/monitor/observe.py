@@ -220,6 +220,12 @@ class Observer:
         return (*table[:-1], table[-1] > 0)
 
 
+def evidence_values(certificate: Certificate) -> NDArray[np.float64]:
+    """Return the tested statistics of the certificate's evaluation sequences."""
+    names = ("violation", "outside", "l0", "mse_no_first", "variance_no_first")
+    return sequence_values(*(certificate.column(name) for name in names))
+
+
 def _placed(coded: Bool[Tensor, "rows pos"], values: Tensor) -> Float[Tensor, "rows pos"]:
     out = torch.zeros(coded.shape, dtype=torch.float64, device=coded.device)
     out[coded] = values.double()

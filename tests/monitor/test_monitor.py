@@ -176,6 +176,16 @@ def test_generation_is_one_request(model_class) -> None:
     assert "continuations" in str(mon.report())
 
 
+def test_a_block_without_a_forward_is_logged(caplog) -> None:
+    model, mon = monitor()
+    with mon.attached(model):
+        model(EVALUATION[:1])
+    assert not caplog.records
+    with mon.attached(model):
+        pass
+    assert "saw no forward" in caplog.text
+
+
 def test_requests_nest() -> None:
     model, mon = monitor()
     with mon.attached(model), mon.request():
