@@ -127,7 +127,7 @@ def test_the_same_weights_under_other_settings_are_refused(certified, folder) ->
 
 
 def test_a_certificate_of_rounded_weights_is_refused(folder, tmp_path) -> None:
-
+    """Verifying from the checkpoint loads it in the certified dtype."""
     with pytest.warns(UserWarning, match="rounded"):
         rounded = open_sae(folder, dtype="bfloat16")
     certificate = certify(
@@ -136,7 +136,16 @@ def test_a_certificate_of_rounded_weights_is_refused(folder, tmp_path) -> None:
         calibration=make_tokens(20, seed=1),
         evaluation=make_tokens(20, seed=2),
         config=CertifyConfig(seq_len=SEQ_LEN, progress=False),
+        output=tmp_path / "run",
     )
+    with pytest.warns(UserWarning, match="rounded"):
+        checked = verify(
+            tmp_path / "run",
+            model=hooked_transformer(),
+            sae=folder,
+            evaluation=make_tokens(20, seed=2),
+        )
+    assert checked.n_remeasured == 20
     with pytest.raises(CertifyError, match="weights rounded to bfloat16.*stores them in float32"):
         attach(certificate, folder)
     rounded.sae.save_model(tmp_path / "bf16")

@@ -16,6 +16,7 @@ from saelens_certify import CertifyConfig, CertifyError, EvidenceError
 from saelens_certify.cli import EXIT_DONE, main
 from saelens_certify.integrations.sae_bench import certificate_schema, check_certificate
 from saelens_certify.integrations.sae_bench_metrics import METRICS, SHOWN
+from saelens_certify.manifest import provenance
 
 __all__ = ["certified"]
 
@@ -179,6 +180,16 @@ def test_release_and_id(certified, values) -> None:
     assert provenance["sae"]["origin"]["checkpoint_dtype"] == "float32"
     assert provenance["data"]["evaluation"]["n_sequences"] == 50
     assert str(certified.sae.parent) not in json.dumps(values)
+
+
+def test_local_paths_lose_their_folders(certified) -> None:
+    manifest = copy.deepcopy(certified.certificate.manifest)
+    sources = [side["source"] for side in manifest["data"].values()]
+    sources[0] |= {"kind": "jsonl", "location": "/home/me/secret/texts.jsonl"}
+    sources[1] |= {"kind": "hub", "location": "owner/texts:en"}
+    data = provenance(manifest)["data"]
+    assert data["calibration"]["source"]["location"] == "texts.jsonl"
+    assert data["evaluation"]["source"]["location"] == "owner/texts:en"
 
 
 def test_the_command_prints_the_schema(capsys) -> None:
