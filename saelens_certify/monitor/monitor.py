@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from saelens_certify.certificate import Certificate
 from saelens_certify.errors import CertifyError
 from saelens_certify.monitor.checks import check_numbers, check_sae, other_model, watched_hooks
 from saelens_certify.monitor.observe import Columns, Observer, Selection, evidence_values
+from saelens_certify.monitor.reference import STATISTICS
 from saelens_certify.monitor.report import Report
 from saelens_certify.monitor.sampling import chosen, default_share, encoder_products
 from saelens_certify.monitor.scope import Scope
@@ -54,8 +56,8 @@ class _Pending:
     """A forward between the two hooks of a transcoder, or within the one of another SAE."""
 
     request: Request
-    selection: Selection
-    x: Tensor
+    selection: Selection | None = None  # None: no sequence of it is measured
+    x: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class Monitor:
@@ -132,7 +134,8 @@ class Monitor:
         self._state = State(SequentialTest.start(values, false_alarm, run_length))
         self._arrived = (0, 0)  # requests, sequences
         self._lock = threading.Lock()
-        self._encoding = None if isinstance(adapter, FusedAdapter) else threading.Lock()
+        # Only SAEs that encode by their own code must do so one at a time.
+        self._encoding = nullcontext() if isinstance(adapter, FusedAdapter) else threading.Lock()
         self._local = threading.local()
 
     @property
@@ -316,6 +319,9 @@ class Monitor:
             without_bos=scope.without(self._first_token),
         )
         rows = chosen(self.seed, start, n, self.share)
+        if not len(rows):
+            self._local.pending = _Pending(request)
+            return True
         selection = self._observer.select(rows, n_positions, scope.tokens, scope.mask)
         self._local.pending = _Pending(request, selection, selection.take(activation))
         return True
@@ -330,14 +336,14 @@ class Monitor:
         pending: _Pending | None = self._local.__dict__.pop("pending")
         if pending is None:
             return
-        tested, short = Sums(), Sums()
-        values = np.empty((0, 3))
-        if len(pending.selection.rows):
-            columns = self._measure(pending, activation)
+        request, values = pending.request, np.empty((0, len(STATISTICS)))
+        if pending.selection is not None:
+            columns = self._measure(pending.selection, pending.x, activation)
             complete = pending.selection.complete
-            values = columns.values()[complete]
-            tested, short = Sums.of(columns, complete), Sums.of(columns, ~complete)
-        request = Request(**{**vars(pending.request), "tested": tested, "short": short})
+            values = columns.values[complete]
+            request = dataclasses.replace(
+                request, tested=Sums.of(columns, complete), short=Sums.of(columns, ~complete)
+            )
         with self._lock:
             before = self._state.test.alarms
             self._state = self._state.after(request, values, time.time(), self.window)
@@ -346,10 +352,7 @@ class Monitor:
             self.on_alarm(alarm)
 
     @torch.no_grad()
-    def _measure(self, pending: _Pending, activation: Tensor) -> Columns:
-        y = pending.selection.take(activation)
-        with torch.autocast(y.device.type, enabled=False):
-            if self._encoding is None:
-                return self._observer.measure(pending.selection, pending.x, y)
-            with self._encoding:
-                return self._observer.measure(pending.selection, pending.x, y)
+    def _measure(self, selection: Selection, x: Tensor, activation: Tensor) -> Columns:
+        y = selection.take(activation)
+        with torch.autocast(y.device.type, enabled=False), self._encoding:
+            return self._observer.measure(selection, x, y)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -70,8 +71,9 @@ class Columns:
     power: NDArray[np.float64]
     broken: NDArray[np.bool_]
 
+    @cached_property
     def values(self) -> NDArray[np.float64]:
-        """Return the tested statistics; a broken sequence has the worst value of each.
+        """The tested statistics; a broken sequence has the worst value of each.
 
         No sequence of the evidence was broken (certification would have stopped), so the reference
         bounds also hold for statistics that count a broken sequence as 1.

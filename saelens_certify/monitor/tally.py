@@ -49,7 +49,7 @@ class Sums:
             active=int(columns.active[rows].sum()),
             error=float(columns.error[rows].sum()),
             power=float(columns.power[rows].sum()),
-            values=tuple(columns.values()[rows].sum(axis=0).tolist()),
+            values=tuple(columns.values[rows].sum(axis=0).tolist()),
         )
 
     def __add__(self, other: Sums) -> Sums:
