@@ -227,7 +227,11 @@ def _each(targets: list[Target], certified: Callable[[Target], int], console: Co
     console.print(f"{len(codes) - len(failed)} of {len(codes)} SAEs have a certificate")
     for name, code in failed.items():
         errors.print(
-            f"failed: {name} (exit code {code})", style="red", markup=False, highlight=False
+            f"failed: {name} (exit code {code})",
+            style="red",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
         )
     return max(codes.values())
 

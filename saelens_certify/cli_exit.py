@@ -26,10 +26,12 @@ def guarded(work: Callable[[], int], errors: Console) -> int:
     try:
         return work()
     except EvidenceError as error:
-        errors.print(f"evidence: {error}", style="red", markup=False, highlight=False)
+        errors.print(
+            f"evidence: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
         return EXIT_EVIDENCE
     except CertifyError as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False)
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return EXIT_INPUT
     except Exception:
         # A crash must not look like a verdict to whoever reads the exit code.

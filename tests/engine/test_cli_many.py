@@ -103,7 +103,7 @@ def test_one_that_fails_does_not_stop_the_others(kit, tmp_path, capsys) -> None:
     assert main(arguments) == EXIT_INPUT
     printed = capsys.readouterr()
     assert "2 of 3 SAEs have a certificate" in printed.out
-    assert f"failed: {saes / 'deep/b'} (exit code 2)" in printed.err.replace("\n", "")
+    assert f"failed: {saes / 'deep/b'} (exit code 2)" in printed.err
     assert sorted(p.parent.name for p in (tmp_path / "out").rglob("certificate.json")) == ["a", "c"]
     weights.write_bytes(whole)
     assert main(arguments) == EXIT_DONE
