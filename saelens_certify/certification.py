@@ -27,6 +27,7 @@ from saelens_certify.preflight import (
     check_settings,
     check_width,
     warn_about_bos,
+    warn_about_training_positions,
 )
 from saelens_certify.proxies import variants_of
 from saelens_certify.saes import SAEAdapter, adapt
@@ -94,6 +95,7 @@ def certify(
         for name, data in (("calibration", calibration), ("evaluation", evaluation))
     }
     check_disjoint(documents["calibration"], documents["evaluation"])
+    warn_about_training_positions(sae.cfg.metadata)
     for name, sequences in documents.items():
         warn_about_bos(model, sequences, name)
 

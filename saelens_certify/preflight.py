@@ -152,6 +152,21 @@ def check_order(adapter: SAEAdapter, activations: dict[str, Tensor]) -> None:
         )
 
 
+def warn_about_training_positions(metadata: Any) -> None:
+    """Warn if the SAE was trained on some positions only, which the certificate does not know of.
+
+    Args:
+        metadata: ``sae.cfg.metadata``.
+    """
+    trained_on = metadata.seqpos_slice
+    if any(edge is not None for edge in trained_on or ()):
+        warnings.warn(
+            f"the SAE's metadata says seqpos_slice = {tuple(trained_on)}: it was trained on these "
+            "positions only, and the certificate is about all positions of its sequences",
+            stacklevel=3,
+        )
+
+
 def warn_about_bos(model: Any, sequences: Sequences, name: str) -> None:
     """Warn if token data lacks the BOS that the model's convention asks for."""
     if getattr(model.cfg, "default_prepend_bos", False) and not sequences.source.prepends_bos:

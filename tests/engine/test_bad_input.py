@@ -159,6 +159,13 @@ def test_unfolded_normalisation_is_refused(mode) -> None:
     refuses(mode, sae=sae)
 
 
+def test_positions_of_training_are_told() -> None:
+    sae = make_sae()
+    sae.cfg.metadata.seqpos_slice = (None, -2)
+    with pytest.warns(UserWarning, match=r"seqpos_slice = \(None, -2\)"):
+        run(sae=sae, forward=True)
+
+
 def test_training_form_batchtopk_is_refused() -> None:
     sae = BatchTopKTrainingSAE(
         BatchTopKTrainingSAEConfig(
