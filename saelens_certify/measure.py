@@ -188,9 +188,7 @@ def _encode_group(
 ) -> tuple[Columns, list[_Run]]:
     adapter = subject.adapter
     pool_bits = subject.pool.bits(adapter.device)
-    codes = adapter.encode(
-        x, Coding.parse(config.coding), pool_bits, coded=coded, impl=config.impl
-    )
+    codes = adapter.encode(x, Coding.parse(config.coding), pool_bits, coded=coded, impl=config.impl)
     outside = ops.count_outside(codes.features, pool_bits, impl=config.impl)
     per_token = _Scatter(coded)
     violation = (per_token(outside) > 0).any(dim=1)

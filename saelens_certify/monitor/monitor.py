@@ -112,7 +112,7 @@ class Monitor:
         if not isinstance(certificate, Certificate):
             certificate = Certificate.load(certificate)
         check_numbers(false_alarm, run_length, share, seed, window, on_error)
-        sae, _ = load_sae(sae)
+        sae, _ = load_sae(sae, dtype=certificate.manifest["sae"]["dtype"])
         # SAEs that encode by their own code keep state on themselves: they work on a copy, whose
         # parameters are the user's.
         adapter = adapt(copy.copy(sae))

@@ -93,7 +93,7 @@ def sae_class(architecture: str) -> tuple[Any, Any]:
     """
     from sae_lens.registry import SAE_CLASS_REGISTRY
 
-    from saelens_certify.saes.own_classes import OWN_CLASSES
+    from saelens_certify.saes.classes import OWN_CLASSES
 
     check_architecture(architecture)
     if architecture in SAE_CLASS_REGISTRY:

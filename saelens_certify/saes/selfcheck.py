@@ -121,7 +121,8 @@ def _check_independent(adapter: SAEAdapter, x: Float[Tensor, "batch pos d_in"]) 
     together = adapter.encode(x).features.to_dense(adapter.d_sae)
     alone = torch.cat([adapter.encode(one).features.to_dense(adapter.d_sae) for one in x])
     changed = int(((together != 0) != (alone != 0)).any(dim=-1).sum())
-    if changed > len(together) // 10:  # rounding of other matrix shapes moves a feature now and then
+    # Rounding of other matrix shapes moves a feature now and then.
+    if changed > len(together) // 10:
         raise CertifyError(
             f"the codes of {changed} of {len(together)} tokens depend on which other sequences are in "
             f"the batch, so architecture {adapter.architecture!r} is no function of its input; "

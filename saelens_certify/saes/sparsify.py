@@ -279,7 +279,7 @@ def _class_and_config(settings: SparseCoderSettings, dtype: torch.dtype) -> tupl
     from sae_lens import AbsTopKSAE, AbsTopKSAEConfig, TopKSAE, TopKSAEConfig
     from sae_lens.util import dtype_to_str
 
-    from saelens_certify.saes import groupmax, topk_transcoder
+    from saelens_certify.saes.classes import groupmax, topk_transcoder
 
     grouped = settings.activation == "groupmax"
     # sparsify ranks features by their score alone, whatever the norms of the decoder rows.

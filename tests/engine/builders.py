@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from saelens_certify.demo.loader import hooked_config
-from saelens_certify.saes.own_classes import OWN_CLASSES
+from saelens_certify.saes.classes import OWN_CLASSES
 
 D_MODEL, D_SAE, D_VOCAB, N_LAYERS, SEQ_LEN = 32, 96, 101, 3, 12
 BOS = 0

@@ -12,7 +12,7 @@ from engine.builders import D_MODEL, D_SAE, FACTORIES, SEQ_LEN, TRANSCODERS, mak
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saelens_certify.saes.own_classes import OWN_CLASSES
+from saelens_certify.saes.classes import OWN_CLASSES
 
 from .float64_oracle import Control
 from .oracle_sae import KINDS, OracleSAE, code, keep_largest

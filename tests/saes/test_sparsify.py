@@ -17,9 +17,9 @@ from torch import Tensor
 
 from saelens_certify.errors import CertifyError
 from saelens_certify.saes import adapt, load_sparsify
+from saelens_certify.saes.classes import OWN_CLASSES, register_with_sae_lens
+from saelens_certify.saes.classes.groupmax import GroupMax
 from saelens_certify.saes.configurations import check_source
-from saelens_certify.saes.groupmax import GroupMax
-from saelens_certify.saes.own_classes import OWN_CLASSES, register_with_sae_lens
 from saelens_certify.saes.sparsify import is_sparsify_folder, sparsify_config
 from saes.sparsify_files import FORWARDS, WRITERS, Checkpoint, checkpoint, inputs, write
 

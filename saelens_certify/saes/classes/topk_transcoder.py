@@ -18,7 +18,7 @@ from sae_lens.saes.transcoder import (
 from torch import Tensor
 
 from saelens_certify.errors import CertifyError
-from saelens_certify.saes.self_loading import SelfLoading
+from saelens_certify.saes.classes.self_loading import SelfLoading
 
 
 @dataclass

@@ -15,7 +15,7 @@ class SelfLoading:
     SAELens looks classes up by architecture in a table that the whole process shares. A class
     that answers for itself needs no entry there, so loading a checkpoint changes nothing for the
     rest of the user's program. Whoever wants ``SAE.load_from_disk`` to know the class too calls
-    `saelens_certify.saes.own_classes.register_with_sae_lens`.
+    `saelens_certify.saes.classes.register_with_sae_lens`.
 
     Attributes:
         config_class: The class of ``cfg``.

@@ -18,8 +18,8 @@ from sae_lens.util import filter_valid_dataclass_fields
 from torch import Tensor
 
 from saelens_certify.errors import CertifyError
-from saelens_certify.saes.self_loading import SelfLoading
-from saelens_certify.saes.topk_transcoder import MixedDtypeSkip, check_k
+from saelens_certify.saes.classes.self_loading import SelfLoading
+from saelens_certify.saes.classes.topk_transcoder import MixedDtypeSkip, check_k
 
 
 class GroupMax(torch.nn.Module):

@@ -7,12 +7,12 @@ from typing import Any
 from sae_lens.registry import SAE_CLASS_REGISTRY, register_sae_class
 
 from saelens_certify.errors import CertifyError
-from saelens_certify.saes.groupmax import (
+from saelens_certify.saes.classes.groupmax import (
     GroupMaxSAE,
     GroupMaxSkipTranscoder,
     GroupMaxTranscoder,
 )
-from saelens_certify.saes.topk_transcoder import TopKSkipTranscoder, TopKTranscoder
+from saelens_certify.saes.classes.topk_transcoder import TopKSkipTranscoder, TopKTranscoder
 
 OWN_CLASSES: dict[str, Any] = {
     cls.config_class.architecture(): cls
