@@ -10,6 +10,7 @@ from engine.builders import SEQ_LEN, make_tokens, of_class
 
 from monitor.world import EVALUATION, certified, monitor, subject
 from saelens_certify import CertifyError
+from saelens_certify.saes.own import OwnEncoderAdapter
 
 
 def n_hooks(model) -> int:
@@ -33,6 +34,15 @@ def test_nothing_is_changed(kind, model_class) -> None:
     assert vars(sae).keys() == before[0].keys()
     assert all(vars(sae)[k] is v for k, v in before[0].items())
     assert all(torch.equal(v, before[1][k]) for k, v in sae.state_dict().items())
+
+
+def test_saes_with_state_are_not_shared_with_the_user() -> None:
+    """Their own encode sets attributes for a moment, and the user's threads may be using them."""
+    _, mon = monitor("temporal")
+    adapter, sae = mon._observer.adapter, subject("temporal")
+    assert isinstance(adapter, OwnEncoderAdapter)
+    assert adapter.sae is not sae
+    assert adapter.sae.W_dec is sae.W_dec
 
 
 def test_gradients_flow_as_without_a_monitor() -> None:
@@ -105,6 +115,8 @@ def test_a_forward_that_dies_between_the_hooks_leaves_no_trace(interrupt) -> Non
         model(EVALUATION[4:9])
     totals = mon.report().totals
     assert (totals.requests, totals.tested.sequences, totals.errors) == (1, 5, 0)
+    with mon.attached(model), pytest.raises(interrupt):
+        model.run_with_hooks(EVALUATION[:4], fwd_hooks=[("blocks.1.mlp.hook_pre", die)])
     # What was captured of the dead forward is gone after the block.
     assert "pending" not in vars(mon._local)
     with pytest.raises(CertifyError, match="did not fire before"):
