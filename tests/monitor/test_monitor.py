@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -168,6 +169,31 @@ def test_threads_share_a_monitor(kind) -> None:
     numbers = [request.number for request in mon.report().state.recent]
     assert sorted(numbers) == list(range(4 * len(parts)))
     assert totals.tested.error == pytest.approx(4 * certificate.column("mse_no_first").sum())
+
+
+@pytest.mark.parametrize(("kind", "at_a_time"), [("temporal", 1), ("topk", 2)])
+def test_saes_with_state_encode_one_at_a_time(kind, at_a_time, monkeypatch) -> None:
+    model, mon = monitor(kind)
+    inside, most = [], []
+    real, both = type(mon._observer).measure, threading.Barrier(at_a_time)
+
+    def measure(*arguments):
+        inside.append(1)
+        most.append(len(inside))
+        both.wait(timeout=10)  # at_a_time threads must meet here
+        time.sleep(0.02)
+        inside.pop()
+        return real(*arguments)
+
+    monkeypatch.setattr(type(mon._observer), "measure", measure)
+    with mon.attached(model):
+        threads = [threading.Thread(target=model, args=(EVALUATION[:2],)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert mon.report().totals.errors == 0
+    assert max(most) == at_a_time
 
 
 @pytest.mark.parametrize("model_class", ["HookedTransformer", "TransformerBridge"])

@@ -129,6 +129,17 @@ def test_detector_begins_anew_and_repeats_while_the_shift_lasts() -> None:
     assert more.alarms[-1].tested <= 1010  # it stops with the shift
 
 
+def test_detector_is_the_same_row_by_row() -> None:
+    generator = np.random.default_rng(0)
+    test = SequentialTest.start(sequences(1000, generator, 0.0), 0.01, run_length=10_000)
+    stream = sequences(300, generator, 0.2)
+    at_once = [alarm.tested for alarm in test.after(stream).alarms]
+    for row in stream:
+        test = test.after(row[None])
+    assert [alarm.tested for alarm in test.alarms] == at_once
+    assert len(at_once) > 4
+
+
 def test_alarms_kept_are_limited_and_the_first_kind_stays() -> None:
     generator = np.random.default_rng(0)
     test = SequentialTest.start(sequences(300, generator, 0.0), 0.01, run_length=10)

@@ -168,6 +168,8 @@ def test_history_stays_short_and_complete() -> None:
         assert len(history.spans) <= 512
     assert sum((span.tested for span in history.spans), Sums()).sequences == 10_000
     assert [span.end for span in history.spans][-1] == 10_000
+    lengths = [span.tested.sequences for span in history.spans[:-1]]
+    assert max(lengths) <= 2 * min(lengths)  # evenly coarse, not finer in the latest past
     assert max(span.log_e for span in history.spans) == 99
 
 
