@@ -4,11 +4,14 @@
 #include <pybind11/stl.h>
 
 #include <cmath>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "build_info/build_info.h"
 #include "stats/exact_sum.h"
+#include "stats/wealth.h"
 
 namespace py = pybind11;
 namespace sc = saelens_certify;
@@ -43,10 +46,44 @@ double exact_mean(const Values& values, const std::string& rounding) {
   return sc::exact_mean(values.data(), values.size(), rounding_named(rounding));
 }
 
+// Refuses what could over- or underflow inside a product; NaN fails every comparison.
+void check_between(const char* name, const double* numbers, py::ssize_t n, double low, double high) {
+  for (py::ssize_t i = 0; i < n; ++i) {
+    if (!(numbers[i] >= low && numbers[i] <= high)) {
+      throw std::invalid_argument(std::string(name) + " " + std::to_string(i) + " is outside [" +
+                                  std::to_string(low) + ", " + std::to_string(high) + "]");
+    }
+  }
+}
+
+std::pair<py::array_t<double>, py::array_t<int64_t>> wealth(const Values& values,
+                                                            const std::optional<Values>& limits,
+                                                            double mean, const Values& caps) {
+  if (limits && limits->size() != values.size()) {
+    throw std::invalid_argument(std::to_string(limits->size()) + " limits for " +
+                                std::to_string(values.size()) + " values");
+  }
+  check_between("value", values.data(), values.size(), 0.0, 1.0);
+  check_between("mean", &mean, 1, std::ldexp(1.0, -40), 1.0);
+  check_between("cap", caps.data(), caps.size(), 0.0, 0.98);
+  const double* limit = limits ? limits->data() : nullptr;
+  if (limits) check_between("limit", limit, limits->size(), 0.0, INFINITY);
+  py::array_t<double> mantissas(caps.size());
+  py::array_t<int64_t> exponents(caps.size());
+  double* mantissa = mantissas.mutable_data();
+  int64_t* exponent = exponents.mutable_data();
+  {
+    py::gil_scoped_release release;
+    sc::wealth(values.data(), limit, values.size(), mean, caps.data(), caps.size(), mantissa,
+               exponent);
+  }
+  return {mantissas, exponents};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "Torch-free core of saelens_certify: exact sums, build information.";
+  m.doc() = "Torch-free core of saelens_certify: exact sums, wealth of bets, build information.";
   m.def(
       "build_info",
       [] {
@@ -61,4 +98,7 @@ PYBIND11_MODULE(_native, m) {
         "Sum of float64 numbers, exact up to one final rounding (nearest, down or up).");
   m.def("exact_mean", &exact_mean, py::arg("values"), py::arg("rounding") = "nearest",
         "Mean of float64 numbers; with down (up) never above (below) the exact mean.");
+  m.def("wealth", &wealth, py::arg("values"), py::arg("limits"), py::arg("mean"), py::arg("caps"),
+        "Products over values in [0, 1] of (1 - s) + s value / mean with s = min(limit mean, cap), "
+        "for each cap: mantissas in [0.5, 1) and binary exponents.");
 }

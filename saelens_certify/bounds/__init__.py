@@ -6,26 +6,39 @@ Pure arithmetic and statistics on NumPy arrays: this folder knows neither torch 
 - ``published``, ``preprint``: the certificates. ``planner``: sequences needed, floor.
 - ``means``: per-sequence evidence to measured terms. ``statements``: bounds as typed statements.
 - ``hoeffding``: the inequality behind all of the above. ``profile``: a bound as a function of N.
+- ``betting``, ``concentration``, ``sequences``: upper confidence bounds of any bounded mean, for one number
+  of samples or for all at once. ``wealth``: the mechanism of betting. ``samples``, ``times``: what they take.
 - ``rounding``, ``checks``, ``quantities``: arithmetic rounded upwards, input checks.
 
-Another inequality is another file beside ``hoeffding`` with the signature (samples, low, high, delta).
+Upper confidence bounds share the signature (samples, low, high, delta).
 Formulas, proofs and assumptions: docs/statistics.md.
 """
 
+from saelens_certify.bounds.betting import betting_sequence, betting_upper
 from saelens_certify.bounds.complexity import log_binom
+from saelens_certify.bounds.concentration import bernstein_upper, hoeffding_upper
 from saelens_certify.bounds.loss import loss_cap, loss_range, uniform_baseline
 from saelens_certify.bounds.means import Measured, mean_up
 from saelens_certify.bounds.planner import asymptotic_floor, sequences_needed
 from saelens_certify.bounds.preprint import preprint
 from saelens_certify.bounds.published import published, published_terms
+from saelens_certify.bounds.sequences import bernstein_sequence, hoeffding_sequence
 from saelens_certify.bounds.statements import Bound, certificates
+from saelens_certify.bounds.times import log_times
 
 __all__ = [
     "Bound",
     "Measured",
     "asymptotic_floor",
+    "bernstein_sequence",
+    "bernstein_upper",
+    "betting_sequence",
+    "betting_upper",
     "certificates",
+    "hoeffding_sequence",
+    "hoeffding_upper",
     "log_binom",
+    "log_times",
     "loss_cap",
     "loss_range",
     "mean_up",
