@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import warnings
@@ -205,12 +206,17 @@ def _compare(identity: Mapping[str, Any], dtype: str, folder: Path) -> None:
 
 
 def _copy_run(run: RunFolder, target: Path) -> None:
-    """Copy the files of a run, and nothing that lies beside them."""
+    """Copy the files of a run, and nothing that lies beside them; a run that is there stays till then."""
+    if run.path.resolve() == target.resolve():
+        return
     if target.exists() and not (target / MANIFEST).exists():
         raise CertifyError(f"{str(target)!r} exists and holds no run; move it out of the way")
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir()
     names = [CERTIFICATE, *read_json(run.path / CERTIFICATE)["eval_result_unstructured"]["files"]]
-    for name in names:
-        (target / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(run.path / name, target / name)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        copied, replaced = Path(scratch) / "new", Path(scratch) / "old"
+        for name in names:
+            (copied / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(run.path / name, copied / name)
+        if target.exists():
+            os.replace(target, replaced)  # only an empty folder can be replaced in one step
+        os.replace(copied, target)

@@ -110,6 +110,32 @@ def test_attached_evidence_can_be_verified_by_others(certified, folder) -> None:
         attach(certified.run, folder, evidence=True)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_attaching_attached_evidence_leaves_it(certified, folder, tmp_path) -> None:
+    attach(certified.run, folder, evidence=True)
+    before = contents(folder)
+    (tmp_path / "link").symlink_to(folder)
+    for run in (folder / "certificate", tmp_path / "link" / "certificate"):
+        attach(run, folder, evidence=True)
+        assert contents(folder) == before
+
+
+def test_a_copy_that_fails_leaves_what_was_attached(certified, folder, monkeypatch) -> None:
+    attach(certified.run, folder, evidence=True)
+    before = contents(folder)
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match="no space"):
+        attach(certified.run, folder, evidence=True)
+    assert contents(folder) == before
+
+
 def test_the_certificate_of_another_sae_is_refused(certified, folder) -> None:
     weights = load_file(folder / "sae_weights.safetensors")
     weights["b_dec"][0] += 1e-6
