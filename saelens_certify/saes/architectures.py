@@ -16,6 +16,7 @@ from torch import Tensor
 
 from saelens_certify.errors import CertifyError
 from saelens_certify.saes.adapter import SAEAdapter
+from saelens_certify.saes.copies import working_copy
 from saelens_certify.saes.fused import FusedAdapter
 from saelens_certify.saes.normalize import TokenMap, check_mode, normalize
 from saelens_certify.saes.own import DenseCodes, OwnCodecAdapter, OwnEncoderAdapter
@@ -257,7 +258,7 @@ def _own_encoder(
         d_out=decoder.shape[1],
         decoder=decoder,
         decoder_bias=bias,
-        sae=sae,
+        sae=working_copy(sae),
         dense=dense,
     )
 
@@ -280,7 +281,7 @@ def _own_codec(sae: Any) -> SAEAdapter:
         d_out=d_out,
         decoder=_rows(rows) if has_rows and rows is not None else None,
         decoder_bias=None,
-        sae=sae,
+        sae=working_copy(sae),
         dense=dense,
     )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from saelens_certify import ops
 from saelens_certify.errors import CertifyError
 from saelens_certify.ops import Impl, SparseCodes
 from saelens_certify.saes.adapter import Codes, SAEAdapter, by_sequence
-from saelens_certify.saes.borrowed import borrowed
 from saelens_certify.saes.coding import NATIVE, Coding
 from saelens_certify.saes.normalize import TokenMap
 
@@ -32,13 +32,15 @@ class OwnEncoderAdapter(SAEAdapter):
     again without them.
 
     Attributes:
-        sae: The SAELens object.
-        dense: Encodes whole sequences with the borrowed SAE: dense activations, and what turns the
-            decoded features of each token into the reconstruction.
+        sae: A `working_copy` of the SAELens object.
+        dense: Encodes whole sequences with it: dense activations, and what turns the decoded features
+            of each token into the reconstruction.
+        lock: Its methods keep state on it, so one thread at a time calls them.
     """
 
     sae: Any
     dense: Callable[[Any, Float[Tensor, "batch pos d_in"]], DenseCodes]
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -85,8 +87,8 @@ class OwnEncoderAdapter(SAEAdapter):
         pool_bits: Int[Tensor, " words"] | None,
         impl: Impl,
     ) -> Codes:
-        with borrowed(self.sae, flat_heads=True) as sae:
-            dense, token_map = self.dense(sae, x)
+        with self.lock, torch.no_grad():
+            dense, token_map = self.dense(self.sae, x)
         dense = dense.to_dense() if dense.is_sparse else dense
         wanted = dense.reshape(*coded.shape, self.d_sae)[coded].float()
         features = sparse(wanted, coding.k)
@@ -144,8 +146,9 @@ class OwnCodecAdapter(OwnEncoderAdapter):
     def _own_decode(
         self, dense: Float[Tensor, "tokens d_sae"], token_map: TokenMap | None
     ) -> Float[Tensor, "tokens d_out"]:
-        with borrowed(self.sae, flat_heads=True) as sae:
-            dtype = next(sae.parameters()).dtype
+        sae = self.sae
+        dtype = next(sae.parameters()).dtype
+        with self.lock, torch.no_grad():
             if token_map is not None and token_map.scale is not None:
                 # What SAELens's decode reads from the module to undo the normalisation.
                 sae.x_norm_coeff = 1 / token_map.scale.to(dtype)

@@ -32,7 +32,7 @@ from sae_lens.saes.sae import SAEMetadata
 
 from saelens_certify import CertifyError, ops
 from saelens_certify.pool import Pool
-from saelens_certify.saes import Coding, adapt
+from saelens_certify.saes import Coding, FusedAdapter, adapt
 from saelens_certify.saes.coding import NATIVE
 from saelens_certify.saes.loading import load_sae
 from saelens_certify.saes.selfcheck import self_check
@@ -160,15 +160,75 @@ def test_self_check_in_the_precision_of_the_sae(kind, dtype) -> None:
     assert result.max_error <= result.tolerance
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", sorted(ALL_KINDS))
-def test_self_check_finds_a_changed_parameter(kind) -> None:
-    sae, other = make_sae(kind), make_sae(kind)
+def test_self_check_finds_a_changed_parameter(kind, dtype) -> None:
+    sae, other = make_sae(kind).to(dtype), make_sae(kind).to(dtype)
     adapter = adapt(sae)
     with torch.no_grad():
         other.W_dec[3:40] *= 1.05
     x = torch.randn(4, 8, D_MODEL, generator=torch.Generator().manual_seed(0))
+    fused = isinstance(adapter, FusedAdapter)
+    if not fused and dtype != torch.float32:
+        with torch.no_grad():
+            other.W_dec *= 1.2  # own code runs in the SAE's precision, and is compared in it
     with pytest.raises(CertifyError, match="does not reproduce"):
         self_check(other, adapter, x)
+
+
+def _never_fires(adapter: FusedAdapter) -> FusedAdapter:
+    theta = torch.zeros(D_SAE) if adapter.theta is None else adapter.theta.clone()
+    often = int(adapter.encode(PROBE).features.indices.flatten().clamp(min=0).mode().values)
+    theta[often] = 1e30
+    return dataclasses.replace(adapter, theta=theta)
+
+
+def _scaled_decoder(adapter: FusedAdapter) -> FusedAdapter:
+    assert adapter.decoder is not None
+    return dataclasses.replace(adapter, decoder=adapter.decoder * 1.02)
+
+
+PROBE = torch.randn(4, 8, D_MODEL, generator=torch.Generator().manual_seed(0))
+WRONG = {
+    "one feature too few": ("topk", lambda a: dataclasses.replace(a, k=a.k - 1)),
+    "one feature too many": ("topk", lambda a: dataclasses.replace(a, k=a.k + 1)),
+    "half of the signs": ("abstopk", lambda a: dataclasses.replace(a, signed=False)),
+    "no threshold": ("jumprelu", lambda a: dataclasses.replace(a, theta=None)),
+    "one feature never fires": ("jumprelu", _never_fires),
+    "one of the top k never fires": ("topk", _never_fires),
+    "no gate": ("gated", lambda a: dataclasses.replace(a, gate_bias=None)),
+    "no input bias": ("standard", lambda a: dataclasses.replace(a, input_bias=None)),
+    "no decoder bias": ("standard", lambda a: dataclasses.replace(a, decoder_bias=None)),
+    "decoder a little larger": ("standard", _scaled_decoder),
+    "no skip term": ("jumprelu_skip_transcoder", lambda a: dataclasses.replace(a, skip=None)),
+    "no normalisation": ("standard-ln", lambda a: dataclasses.replace(a, normalization="none")),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("what", sorted(WRONG))
+def test_self_check_finds_a_wrong_adapter(what, dtype) -> None:
+    """Also in 16 bits, where rounding is larger than most of these faults."""
+    kind, spoil = WRONG[what]
+    norm = "layer_norm" if kind.endswith("-ln") else "none"
+    sae = make_sae(kind.removesuffix("-ln"), normalize_activations=norm).to(dtype)
+    adapter = adapt(sae)
+    self_check(sae, adapter, PROBE)
+    with pytest.raises(CertifyError, match="does not reproduce"):
+        self_check(sae, spoil(adapter), PROBE)
+
+
+def test_ties_of_scores_are_ties() -> None:
+    """Two features with one encoder row: which of them enters the top k is SAELens's accident."""
+    sae = make_sae("topk", k=4)
+    with torch.no_grad():
+        first = int(adapt(sae).encode(PROBE[:1, :1]).features.indices[0, 3])
+        sae.W_enc[:, 90], sae.b_enc[90] = sae.W_enc[:, first], sae.b_enc[first] * (1 + 1e-7)
+    result = self_check(sae, adapt(sae), PROBE[:, :1])
+    assert result.max_error < result.tolerance
 
 
 @pytest.mark.parametrize("reshape", ["hook_z", "none"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ from sae_lens.saes.sae import SAE, SAEConfig, SAEMetadata
 from torch import Tensor
 
 from saelens_certify import CertifyConfig, CertifyError, certify
+from saelens_certify.integrations.transformer_lens import proxy_hooks
 from saelens_certify.pool import Pool
 from saelens_certify.proxies import random_decoder
 from saelens_certify.saes import Coding, adapt
@@ -162,10 +165,60 @@ def test_from_a_folder(tmp_path) -> None:
     torch.testing.assert_close(adapt(load_sae(tmp_path)[0]).reconstruct(x), sae.forward(x))
 
 
-def test_codes_that_depend_on_the_batch_are_refused() -> None:
+@pytest.mark.parametrize("length", [8, 65, 128, 300])
+def test_codes_that_depend_on_the_batch_are_refused(length) -> None:
     sae = make(BatchRanked)
+    sizes = torch.tensor([0.3, 1.0, 2.0, 3.0])[:, None, None]  # sequences compete for the features
     with pytest.raises(CertifyError, match="depend on which other sequences"):
-        self_check(sae, adapt(sae), 3 * activations(1, 1, 1) * activations(4, 8, D_MODEL))
+        self_check(sae, adapt(sae), sizes * activations(4, length, D_MODEL))
+
+
+def test_several_threads_share_an_sae_that_encodes_itself() -> None:
+    """SAELens's encode and decode keep state on the module; here on a copy, one thread at a time."""
+    sae = make(normalize_activations="layer_norm")
+    before = dict(vars(sae))
+    hooks = dict(proxy_hooks(sae))["blocks.1.hook_resid_post"]
+    inputs = [activations(1, 4 + i, D_MODEL) for i in range(4)]
+    expected = [sae.forward(x) for x in inputs]
+    wrong: list[object] = []
+
+    def work(i: int) -> None:
+        try:
+            for _ in range(100):
+                if not torch.allclose(hooks(inputs[i], hook=None), expected[i], atol=1e-4):
+                    wrong.append(i)
+        except Exception as error:
+            wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+    assert vars(sae).keys() == before.keys()
+
+
+def test_hooks_of_the_user_on_the_sae_take_no_part() -> None:
+    sae = make()
+    x = activations(2, 5, D_MODEL)
+    expected = adapt(sae).reconstruct(x)
+    fired: list[int] = []
+
+    def ablate(acts: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        fired.append(1)
+        return acts * 0
+
+    sae.add_hook("hook_sae_acts_post", ablate)
+    torch.testing.assert_close(adapt(sae).reconstruct(x), expected)
+    assert not fired
+    sae.encode(x)
+    assert fired, "the user's own call still runs it"
 
 
 def test_a_forward_that_is_more_than_decode_of_encode_is_refused() -> None:
