@@ -139,7 +139,7 @@ def largest_refuted(
         log_wealth: Logarithm of the wealth for a claim, decreasing.
         threshold: Claims whose log wealth reaches it are refuted.
         floor: Smallest claim to look at.
-        mean: Sample mean: claims from here on are not refuted, because wealth there is at most 1.
+        mean: Sample mean: claims from here on are not looked at (constant bets hold at most 1 there).
         step: A guess of the distance between the sample mean and the answer.
     """
     root = np.sqrt(threshold)

@@ -78,6 +78,44 @@ def test_events_never_seen(name: str, n: int):
         assert n * math.log(1.0 - u) >= math.log(DELTA) - 1.2 - 0.03 * n * u
 
 
+COINS = ((np.arange(2**8)[:, None] >> np.arange(8)) & 1).astype(float)
+"""All sequences of eight tosses."""
+
+
+def worst_failure(found: coverage.Array) -> float:
+    """Largest probability, over all coins, that a bound is below the coin's mean: no simulation.
+
+    Args:
+        found: The bound for each of COINS, on [0, 1].
+    """
+    heads = COINS.sum(axis=1)
+    worst = 0.0
+    # A coin just above a bound is the worst one up to the next bound.
+    for p in np.unique(found[found < 1.0]) + 1e-9:
+        chances = p**heads * (1.0 - p) ** (COINS.shape[1] - heads)
+        worst = max(worst, float(chances[found < p].sum()))
+    return worst
+
+
+@pytest.mark.parametrize("delta", [0.05, 0.3])
+@pytest.mark.parametrize("bets", ["adaptive", "constant"])
+def test_no_coin_fails_the_betting_bound_too_often(bets: Any, delta: float):
+    found = np.array([bounds.betting_upper(row, 0, 1, delta, bets=bets) for row in COINS])
+    assert 0.2 * delta < worst_failure(found) <= delta
+    means = COINS.mean(axis=1)
+    assert worst_failure(means + 0.6 * (found - means)) > delta
+
+
+@pytest.mark.parametrize("delta", [0.05, 0.3])
+@pytest.mark.parametrize("name", coverage.sequences(DELTA))
+def test_no_coin_fails_a_sequence_too_often_at_any_time(name: str, delta: float):
+    sequence = getattr(bounds, name)
+    found = np.array([sequence(row, 0, 1, delta, np.arange(1, 9))[-1] for row in COINS])
+    assert worst_failure(found) <= delta
+    if name == "betting_sequence":
+        assert worst_failure(found) > 0.2 * delta
+
+
 def test_the_laws_have_the_means_that_they_name():
     for name, law in coverage.LAWS.items():
         x = coverage.sample(name, 1000, 200)
