@@ -12,10 +12,10 @@ from tqdm.auto import tqdm
 from saelens_certify.certificate import Certificate, check_seal, join_parts
 from saelens_certify.config import CertifyConfig
 from saelens_certify.data import Sequences, as_sequences, check_disjoint
+from saelens_certify.data.stores import is_store
 from saelens_certify.errors import CertifyError
 from saelens_certify.evidence import EVIDENCE, RunFolder, reading, to_table
 from saelens_certify.forward import ForwardEngine, choose_strategy
-from saelens_certify.integrations.sae_lens.activations_store import resolve_stores
 from saelens_certify.manifest import build_manifest
 from saelens_certify.measure import Subject, calibrate, measure
 from saelens_certify.pool import Calibration
@@ -33,6 +33,7 @@ from saelens_certify.proxies import variants_of
 from saelens_certify.saes import SAEAdapter, adapt
 from saelens_certify.saes.loading import open_sae
 from saelens_certify.saes.selfcheck import self_check
+from saelens_certify.store_draws import resolve_stores, sequences_of_store
 
 _PROBE_SEQUENCES = 4
 _NAME = "sae"
@@ -88,7 +89,7 @@ def certify(
     engine = ForwardEngine(model)
     check_settings(model, config)
     check_bare(model, sae)
-    check_pair(model, sae, adapter)
+    check_pair(model, sae)
     calibration, evaluation = resolve_stores(model, calibration, evaluation, config)
     documents = {
         name: sequences_for(model, data, config).canonical()
@@ -134,13 +135,16 @@ def sequences_for(model: Any, data: Any, config: CertifyConfig, **options: Any) 
 
     Args:
         model: The model: its tokenizer, vocabulary and BOS convention are used.
-        data: Anything `as_sequences` accepts.
+        data: Anything `as_sequences` accepts. A SAELens ActivationsStore keeps its own ``prepend_bos``,
+            and with ``limit`` gives a random sample (see `sequences_of_store`).
         config: Settings (``seq_len``, ``progress``).
         **options: Further arguments of `as_sequences` (``split``, ``revision``, ``limit``, …).
 
     Returns:
         The sequences, in the order of the data.
     """
+    if is_store(data):
+        return sequences_of_store(data, config, model=model, **options)
     return as_sequences(
         data,
         seq_len=config.seq_len,

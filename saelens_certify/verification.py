@@ -14,6 +14,7 @@ from saelens_certify.certificate import Certificate, compare_hashes
 from saelens_certify.certification import sequences_for
 from saelens_certify.data import Sequences
 from saelens_certify.data.hashing import set_digest
+from saelens_certify.data.stores import is_store
 from saelens_certify.errors import CertifyError, EvidenceError
 from saelens_certify.evidence import CERTIFICATE, EVIDENCE, RunFolder, read_json
 from saelens_certify.forward import ForwardEngine, Strategy
@@ -23,6 +24,7 @@ from saelens_certify.positions import special_token_ids
 from saelens_certify.proxies import variants_of
 from saelens_certify.saes import adapt
 from saelens_certify.saes.loading import load_sae
+from saelens_certify.store_draws import certified_sequences
 
 REMEASURED_TOLERANCE = 1e-3
 """Bits by which a sequence's loss may differ when measured again on another machine."""
@@ -98,7 +100,14 @@ def verify(
         raise CertifyError(f"sample must be at least 1, got {sample}")
     # The hash is that of the certified dtype, whatever the checkpoint's is.
     sae, _ = load_sae(sae, dtype=certificate.manifest["sae"]["dtype"])
-    evaluation = sequences_for(model, evaluation, certificate.config)
+    if is_store(evaluation):
+        # Which of its documents were the evaluation side is in the evidence.
+        source = certificate.manifest["data"]["evaluation"]["source"]
+        evaluation = certified_sequences(
+            evaluation, certificate.config, model=model, source=source, hashes=ids
+        )
+    else:
+        evaluation = sequences_for(model, evaluation, certificate.config)
     largest, n = _measure_again(certificate, model, sae, evaluation, sample, seed)
     return Verification(certificate, len(hashes), len(ids), n, largest)
 

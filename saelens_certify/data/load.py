@@ -19,6 +19,12 @@ from saelens_certify.data.memory import open_array, open_list, open_mapping
 from saelens_certify.data.paths import open_path
 from saelens_certify.data.sequences import DataSource, Sequences
 from saelens_certify.data.splits import check_size
+from saelens_certify.data.stores import (
+    documents_of_store,
+    is_store,
+    refuse_endless,
+    tokenizer_of_store,
+)
 from saelens_certify.data.tokenise import bos_to_prepend, known_bos, tokenise, tokenizer_name
 from saelens_certify.data.windows import Padding, cut
 from saelens_certify.errors import CertifyError
@@ -54,19 +60,22 @@ def load_documents(
     Raises:
         CertifyError: Naming the source, the value and the remedy.
     """
-    in_memory = not isinstance(data, (str, Path, Documents)) and not is_dataset(data)
+    opened = isinstance(data, Documents) or is_store(data)
+    in_memory = not opened and not isinstance(data, (str, Path)) and not is_dataset(data)
     for name, value in (("attention_mask", attention_mask), ("document_ids", document_ids)):
         if value is not None and not in_memory:
             raise CertifyError(
                 f"{name}= goes with tokens or texts in memory; {_describe(data)} has its own. Drop it."
             )
     for name, value in (("split", split), ("revision", revision)):
-        if value is not None and (in_memory or isinstance(data, Documents)):
+        if value is not None and (in_memory or opened):
             raise CertifyError(
                 f"{name}={value!r} goes with a dataset, not {_describe(data)}. Drop it."
             )
     if isinstance(data, Documents):
         return data
+    if is_store(data):
+        return documents_of_store(data)
     if isinstance(data, (str, Path)):
         return open_path(data, text_column, split, revision)
     if is_dataset(data):
@@ -85,7 +94,7 @@ def load_documents(
         return open_array(data, attention_mask, document_ids)
     raise CertifyError(
         f"data is {_describe(data)}. Give Sequences, token ids (tensor, array or list), texts, a "
-        "Hugging Face dataset, a path, or a hub name."
+        "Hugging Face dataset, a SAELens ActivationsStore, a path, or a hub name."
     )
 
 
@@ -115,7 +124,8 @@ def as_sequences(
             of 1-D token ids; a tokenizer's output; a Hugging Face Dataset or IterableDataset (or dict of splits); a
             path to .txt (documents between blank lines; a folder: one a file), .jsonl, .json,
             .parquet, .npy or .safetensors, or to a dataset folder; a hub name "owner/name" or
-            "owner/name:config".
+            "owner/name:config"; a SAELens ActivationsStore (the documents below it, with its own
+            ``prepend_bos``; see `documents_of_store`).
         seq_len: L, in tokens, BOS included.
         d_vocab: The model's vocabulary size; ids outside ``[0, d_vocab)`` are refused.
         tokenizer: Hugging Face tokenizer, needed for text.
@@ -140,6 +150,11 @@ def as_sequences(
         CertifyError: Naming the document or source, the value and the remedy.
     """
     _check_arguments(seq_len, d_vocab, limit, on_duplicate, bos_token_id)
+    if is_store(data):
+        if limit is None:
+            refuse_endless(data)
+        tokenizer = tokenizer or tokenizer_of_store(data)
+        prepend_bos = bool(data.prepend_bos)
     bos_id = known_bos(tokenizer, bos_token_id)
     pad_id = pad_token_id if pad_token_id is not None else getattr(tokenizer, "pad_token_id", None)
     padding = Padding(
