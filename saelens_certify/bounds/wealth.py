@@ -41,7 +41,7 @@ SMALLEST_MEAN = 2.0**-40
 LARGEST_CAP = 0.98
 
 _FACTORS, _GROUP = 16, 256  # as in csrc/stats/wealth.h
-_TOLERANCE = 2.0**-40
+_TOLERANCE = 2.0**-44
 _NEVER_SLOW = 60  # steps after which bracketing falls back to halving
 
 
@@ -133,7 +133,7 @@ def log_wealth_down(
 def largest_refuted(
     log_wealth: Callable[[float], float], threshold: float, floor: float, mean: float, step: float
 ) -> float | None:
-    """The largest claim that is refuted, to a relative 2^-40, from below; None if ``floor`` is not.
+    """The largest claim that is refuted, to a relative 2^-44, from below; None if ``floor`` is not.
 
     Args:
         log_wealth: Logarithm of the wealth for a claim, decreasing.
