@@ -41,10 +41,12 @@ def documents_of_store(
         one_document_per_row: Assert that each row of a pre-tokenised dataset is (the beginning of) one
             document, where its rows look like concatenated contexts.
         seed: Read the rows in an order drawn with this seed, so that the first n documents are a random
-            sample of the dataset. None, and any streamed dataset: in the order of the dataset.
+            sample of the dataset. None, and any streamed dataset: in the order the store reads them.
 
     Returns:
         The documents, not yet tokenised; with conversations for a store that formats chats, their ids.
+        They are named ``dataset:17`` for row 17 of the dataset, ``store:17`` where the store reads a
+        stream or a shuffled dataset, whose row 17 may be any.
 
     Raises:
         CertifyError: If the store has no documents, or its rows are not documents.
@@ -66,6 +68,8 @@ def documents_of_store(
     rows = dataset.with_format(None)
     if store.is_dataset_tokenized and not one_document_per_row:
         _refuse_contexts(rows, column, tokenizer_of_store(store), label)
+    # A stream and a shuffled dataset (`shuffle_input_dataset`) have an order of their own.
+    shuffled = not hasattr(rows, "select") or getattr(rows, "_indices", None) is not None
     order = None
     if seed is not None and hasattr(rows, "select"):
         order = np.random.default_rng(seed).permutation(len(rows))
@@ -79,7 +83,7 @@ def documents_of_store(
         fingerprint=getattr(dataset, "_fingerprint", None),
         selection=(
             "documents of an ActivationsStore's dataset, one sequence each",
-            "rows in the order of the dataset"
+            "rows in the order the store reads them"
             if order is None
             else f"rows in random order, seed={seed}",
         ),
@@ -88,7 +92,9 @@ def documents_of_store(
         documents = _conversations(rows, column, store.model.tokenizer, source)
     else:
         documents = open_dataset(rows, None, column, source, "dataset")
-    return dataclasses.replace(documents, batches=_named_by_row(documents, order))
+    return dataclasses.replace(
+        documents, batches=_named_by_row(documents, order, "store" if shuffled else "dataset")
+    )
 
 
 def tokenizer_of_store(store: Any) -> Any:
@@ -109,8 +115,8 @@ def refuse_endless(store: Any) -> None:
         )
 
 
-def _named_by_row(documents: Documents, order: np.ndarray | None) -> Any:
-    """Read as before, with ids that name the row of the dataset and not its place in the order."""
+def _named_by_row(documents: Documents, order: np.ndarray | None, prefix: str) -> Any:
+    """Read as before, with ids that name the row of the store's dataset and not its place in a sample."""
 
     def batches(size: int) -> Iterator[Batch]:
         start = 0
@@ -118,7 +124,7 @@ def _named_by_row(documents: Documents, order: np.ndarray | None) -> Any:
             places = range(start, start + len(batch.ids))
             start += len(batch.ids)
             rows = places if order is None else order[places.start : places.stop]
-            yield batch._replace(ids=[f"dataset:{int(row)}" for row in rows])
+            yield batch._replace(ids=[f"{prefix}:{int(row)}" for row in rows])
 
     return batches
 
