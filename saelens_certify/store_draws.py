@@ -163,7 +163,8 @@ def resolve_stores(
 ) -> tuple[Any, Any]:
     """Replace stores by sequences; other data is returned as it is.
 
-    Two sides from one dataset are divided by content hash and cannot meet.
+    Two sides from one dataset, or from two loads of it, are divided by content hash and cannot meet. Of
+    stores over other data, calibration leaves out what evaluation has.
 
     Args:
         model: The model to be certified.
@@ -175,13 +176,37 @@ def resolve_stores(
         Calibration and evaluation data without stores.
     """
     stores = is_store(calibration), is_store(evaluation)
-    if all(stores) and calibration.dataset is evaluation.dataset:
+    if all(stores) and _same_documents(calibration, evaluation):
         return draw(evaluation, config, model=model)
-    if stores[0]:
-        calibration = sequences_of_store(calibration, config, model=model, limit=N_CALIBRATION)
     if stores[1]:
         evaluation = sequences_of_store(evaluation, config, model=model, limit=N_EVALUATION)
-    if all(stores):
-        # Two loads of one dataset: what evaluation has leaves calibration, which is always valid.
-        calibration = calibration.without(evaluation)
-    return calibration, evaluation
+    if not stores[0]:
+        return calibration, evaluation
+    if not stores[1]:
+        return (
+            sequences_of_store(calibration, config, model=model, limit=N_CALIBRATION),
+            evaluation,
+        )
+    # The stores may share documents. What evaluation has leaves calibration, which is always valid, and
+    # as many more are read, so that calibration is as large as asked wherever there is enough.
+    found = sequences_of_store(
+        calibration, config, model=model, limit=N_CALIBRATION + len(evaluation)
+    ).without(evaluation)
+    if len(found) < N_CALIBRATION:
+        warnings.warn(
+            f"the calibration store has {len(found)} sequences of {config.seq_len} tokens that the "
+            f"evaluation store does not have, {N_CALIBRATION} were asked for",
+            stacklevel=2,
+        )
+    return found.take(min(len(found), N_CALIBRATION)), evaluation
+
+
+def _same_documents(one: Any, other: Any) -> bool:
+    """Whether two stores surely give the same documents: one dataset, or two loads of one."""
+    reading = ("tokens_column", "prepend_bos", "use_chat_formatting")
+    if any(getattr(one, name) != getattr(other, name) for name in reading):
+        return False
+    if one.dataset is other.dataset:
+        return True
+    fingerprints = [getattr(store.dataset, "_fingerprint", None) for store in (one, other)]
+    return fingerprints[0] is not None and fingerprints[0] == fingerprints[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from integrations import sae_lens_world as world
-from saelens_certify import CertifyConfig, CertifyError, certify
+from saelens_certify import CertifyConfig, CertifyError, certify, store_draws
 from saelens_certify.integrations.sae_lens import (
     documents_of_store,
     is_store,
@@ -177,12 +178,96 @@ def test_certify_takes_stores() -> None:
     assert torch.equal(touched.get_batch_tokens(30), untouched.get_batch_tokens(30))
 
 
-def test_two_loads_of_one_dataset_do_not_meet_either() -> None:
-    first, second = world.store(world.text_dataset(100)), world.store(world.text_dataset(40))
-    calibration, evaluation = resolve_stores(world.model(), first, second, CONFIG)
-    assert len(evaluation) == len(_long_enough(world.texts(40)))
+def _asked(monkeypatch: Any, calibration: int, evaluation: int) -> None:
+    """Other numbers than the published ones, which would need thousands of documents."""
+    monkeypatch.setattr(store_draws, "N_CALIBRATION", calibration)
+    monkeypatch.setattr(store_draws, "N_EVALUATION", evaluation)
+    monkeypatch.setattr(
+        store_draws,
+        "draw",
+        functools.partial(draw, n_calibration=calibration, n_evaluation=evaluation),
+    )
+
+
+@pytest.mark.parametrize("n", [300, 90])
+def test_two_loads_of_one_dataset_give_what_one_load_gives(n: int, monkeypatch: Any) -> None:
+    _asked(monkeypatch, 100, 60)
+    one = world.store(world.text_dataset(n))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        wanted = resolve_stores(world.model(), one, one, CONFIG)
+        sides = world.store(world.text_dataset(n)), world.store(world.text_dataset(n))
+        assert sides[0].dataset is not sides[1].dataset
+        found = resolve_stores(world.model(), *sides, CONFIG)
+    assert [side.hashes for side in found] == [side.hashes for side in wanted]
+    if n == 300:
+        assert [len(side) for side in found] == [100, 60]
+        assert not any("asked for" in str(each.message) for each in said)
+    else:
+        assert sum(map(len, found)) == len(_long_enough(world.texts(n)))
+        assert sum("were asked for" in str(each.message) for each in said) == 2
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_shared_documents_cost_calibration_nothing_where_there_are_enough(
+    streamed: bool, monkeypatch: Any
+) -> None:
+    _asked(monkeypatch, 100, 60)
+    first, second = world.text_dataset(300), world.text_dataset(150)
+    if streamed:
+        sides = [world.store(data.to_iterable_dataset()) for data in (first, second)]
+    else:
+        sides = [world.store(data) for data in (first, second)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        calibration, evaluation = resolve_stores(world.model(), *sides, CONFIG)
+    assert (len(calibration), len(evaluation)) == (100, 60)
     assert not set(calibration.hashes) & set(evaluation.hashes)
-    assert len(calibration) > 0
+
+
+def test_fewer_than_asked_are_said() -> None:
+    first, second = world.store(world.text_dataset(100)), world.store(world.text_dataset(40))
+    both = len(_long_enough(world.texts(100))), len(_long_enough(world.texts(40)))
+    message = f"has {both[0] - both[1]} sequences of 12 tokens that the evaluation store does not"
+    with pytest.warns(UserWarning, match=message):
+        calibration, evaluation = resolve_stores(world.model(), first, second, CONFIG)
+    assert (len(calibration), len(evaluation)) == (both[0] - both[1], both[1])
+    assert not set(calibration.hashes) & set(evaluation.hashes)
+
+
+def test_stores_that_read_one_dataset_in_two_ways_are_two() -> None:
+    """What counts is which documents come out; other columns are other documents."""
+    dataset = Dataset.from_dict({"text": world.texts(80), "problem": world.texts(80, seed=1)})
+    first, second = world.store(dataset), world.store(dataset)
+    second.tokens_column = "problem"
+    with pytest.warns(UserWarning, match="were asked for"):
+        calibration, evaluation = resolve_stores(world.model(), first, second, CONFIG)
+    assert len(calibration) == len(_long_enough(world.texts(80)))
+    assert len(evaluation) == len(_long_enough(world.texts(80, seed=1)))
+
+
+def test_rows_are_named_by_what_is_known_of_their_order() -> None:
+    """SAELens's `multiple_evals` shuffles its stores: row 17 is then no row 17 of the dataset."""
+    plain, shuffled = world.store(), world.store()
+    shuffled.shuffle_input_dataset(seed=42)
+    streamed = world.store(world.text_dataset().to_iterable_dataset(num_shards=5))
+    streamed.shuffle_input_dataset(seed=42)
+    for made, prefix, limits in (
+        (plain, "dataset", (None, 50)),
+        (shuffled, "store", (None, 50)),
+        (streamed, "store", (50,)),
+    ):
+        dataset: Any = made.dataset
+        rows = [row["text"] for row in dataset]
+        for limit in limits:
+            found = sequences_of_store(made, CONFIG, limit=limit)
+            for name, tokens in zip(found.document_ids, found.tokens.tolist(), strict=True):
+                assert name.startswith(f"{prefix}:")
+                row = int(name.removeprefix(f"{prefix}:"))
+                assert tokens == _long_enough([rows[row]])[0]
+            order = "the order the store reads them" if limit is None or made is streamed else None
+            said = f"rows in {order or 'random order, seed=5'}"
+            assert said in found.source.selection
 
 
 def test_a_train_split_is_said() -> None:
