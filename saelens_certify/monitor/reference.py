@@ -12,11 +12,9 @@ A pool that evaluation never violated makes every violation news, and ``violatio
 half or all of the sequences violate a small pool anyway, it has little, and ``outside`` has it.
 
 The evidence yields an upper confidence bound on the mean of each. For ``violation`` the exact binomial
-one (Clopper & Pearson, 1934). For the others, the betting argument of `wealth` turned around: with
-y = 1 - x, ``prod (1 - c + c y / (1 - m))`` averaged over c has a mean of at most 1 if x has a mean of at
-least m, so the m for which it is 1/delta or more are excluded with confidence 1 - delta (Markov's
-inequality). It increases with m, so these are all m from the bound upwards, and it does not depend on the
-order of the sequences. It adapts to the variance, which is why it is used rather than Hoeffding's.
+one (Clopper & Pearson, 1934). For the others, `bounds.betting_upper` with constant bets: the argument of
+`wealth` turned around. It does not depend on the order of the sequences, and it adapts to the
+variance, which is why it is used rather than Hoeffding's.
 """
 
 from __future__ import annotations
@@ -28,8 +26,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from saelens_certify.bounds import betting_upper
 from saelens_certify.errors import CertifyError
-from saelens_certify.monitor.wealth import FloatArray, check_values, log_factors, log_mean_exp
+from saelens_certify.monitor.wealth import FloatArray, check_values
 
 STATISTICS = ("violation", "outside", "error")
 
@@ -141,12 +140,7 @@ def mean_upper(values: FloatArray, delta: float) -> float:
     check_values(values)
     if not len(values):
         raise CertifyError("a mean of no values has no bound: the evidence is empty")
-
-    def excluded(m: float) -> bool:
-        logs = log_factors(1 - values[:, None], np.array([1 - m])).sum(axis=0)
-        return float(log_mean_exp(logs, (0, 1))) >= math.log(1 / delta) + 1e-9
-
-    return _first(excluded, float(values.mean()))
+    return betting_upper(values, 0.0, 1.0, delta, bets="constant")
 
 
 def _first(excluded: Callable[[float], bool], low: float) -> float:
