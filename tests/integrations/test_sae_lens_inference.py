@@ -12,7 +12,7 @@ import torch
 from engine.builders import D_MODEL, D_SAE, make_sae
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sae_lens import SAE, SAETrainer
+from sae_lens import SAE, SAETrainer, StandardSAE, StandardSAEConfig
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from sae_lens.saes.sae import SAEMetadata
@@ -195,3 +195,63 @@ def test_what_sae_lens_cannot_fold_is_refused() -> None:
     with pytest.raises(CertifyError, match="cannot be folded into a 'matching_pursuit' SAE"):
         inference_form(sae, scaling)
     assert_same(snapshot(sae), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("moved", ["by itself", "with its configuration"])
+@pytest.mark.parametrize("architecture", ["standard", "batchtopk", "inference"])
+def test_the_precision_is_that_of_the_weights(
+    architecture: str, moved: str, dtype: torch.dtype
+) -> None:
+    """`sae.half()` changes the weights alone; a copy in the configured float32 would be another SAE."""
+    sae = make_sae("topk") if architecture == "inference" else training_sae(architecture)
+    if moved == "by itself":
+        torch.nn.Module.to(sae, dtype=dtype)
+        assert sae.cfg.dtype == "float32"
+    else:
+        sae.to(dtype=dtype)
+    before = snapshot(sae)
+    found = inference_form(sae, ActivationScaler(scaling_factor=0.5))
+    assert_same(snapshot(sae), before)
+    assert {parameter.dtype for parameter in found.parameters()} == {dtype}
+    assert found.cfg.dtype == str(dtype).removeprefix("torch.")
+    assert found.dtype == dtype
+    assert torch.equal(found.b_dec, sae.b_dec / 0.5)
+    assert found(torch.randn(4, D_MODEL, dtype=dtype)).dtype == dtype
+
+
+def test_several_precisions_are_refused() -> None:
+    sae = training_sae("topk")
+    sae.W_enc.data = sae.W_enc.data.half()
+    with pytest.raises(CertifyError, match=r"several dtypes \(torch.float16, torch.float32\)"):
+        inference_form(sae)
+
+
+def test_an_error_term_is_refused_and_not_lost_in_the_copy() -> None:
+    for sae in (training_sae("topk"), make_sae("topk")):
+        with pytest.warns(DeprecationWarning, match="use_error_term"):
+            sae.use_error_term = True
+        with pytest.raises(CertifyError, match="use_error_term=True"):
+            inference_form(sae, ActivationScaler(scaling_factor=2.0))
+        assert sae.use_error_term
+
+
+def test_a_class_without_a_decoder_matrix_has_a_device_too() -> None:
+    class Factored(StandardSAE):
+        """A third party's: its decoder is a product."""
+
+        def initialize_weights(self) -> None:
+            super().initialize_weights()
+            del self.W_dec
+            self.left = torch.nn.Parameter(torch.randn(D_SAE, 3))
+            self.right = torch.nn.Parameter(torch.randn(3, D_MODEL))
+
+        def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+            self.W_enc.data *= scaling_factor
+            self.right.data /= scaling_factor
+            self.b_dec.data /= scaling_factor
+
+    sae = Factored(StandardSAEConfig(d_in=D_MODEL, d_sae=D_SAE))
+    found = inference_form(sae, ActivationScaler(scaling_factor=2.0))
+    assert torch.equal(found.right, sae.right / 2)
+    assert found.right.device == sae.right.device

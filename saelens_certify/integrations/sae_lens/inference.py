@@ -44,11 +44,16 @@ def inference_form(sae: Any, scaler: Any = None) -> Any:
         The same object if there is nothing to do, else a copy with weights of its own.
 
     Raises:
-        CertifyError: If SAELens cannot fold the scaler into this SAE.
+        CertifyError: If SAELens cannot fold the scaler into this SAE, or a copy would be another SAE.
     """
     training, identity = is_training_form(sae), is_identity(scaler)
     if identity and not training:
         return sae
+    if getattr(sae, "use_error_term", False):
+        raise CertifyError(
+            "the SAE has use_error_term=True, which adds back everything it fails to explain; "
+            "set sae.use_error_term = False to certify the reconstruction"
+        )
     if not identity:
         _check_foldable(sae)
     with preserved_rng(), warnings.catch_warnings():
@@ -58,7 +63,7 @@ def inference_form(sae: Any, scaler: Any = None) -> Any:
             _fold(result, scaler)
         if training:
             result = _converted(result)
-        return result.to(device=sae.W_dec.device).eval()
+        return result.to(device=_device(sae)).eval()
 
 
 def _check_foldable(sae: Any) -> None:
@@ -77,11 +82,30 @@ def _check_foldable(sae: Any) -> None:
 
 def _copy(sae: Any) -> Any:
     """A new object of the same class; `copy.deepcopy` would share closures that write to the original."""
-    fresh = type(sae)(copy.deepcopy(sae.cfg))
+    cfg = copy.deepcopy(sae.cfg)
+    # `sae.half()` and `sae.bfloat16()` leave the configuration as it was; only `sae.to(...)` does not.
+    cfg.dtype = _dtype(sae, cfg.dtype)
+    fresh = type(sae)(cfg)
     fresh.load_state_dict(
         {name: value.detach().clone() for name, value in sae.state_dict().items()}
     )
     return fresh
+
+
+def _dtype(sae: Any, named: str) -> str:
+    """The dtype that the parameters have, as SAELens writes it."""
+    found = {parameter.dtype for parameter in sae.parameters()}
+    if len(found) > 1:
+        raise CertifyError(
+            f"the SAE has parameters of several dtypes ({', '.join(sorted(map(str, found)))}), and in "
+            "the form that is saved all have one; choose it with sae.to(dtype=...)"
+        )
+    return str(found.pop()).removeprefix("torch.") if found else named
+
+
+def _device(sae: Any) -> torch.device:
+    tensors = (*sae.parameters(), *sae.buffers())
+    return tensors[0].device if tensors else torch.device(sae.cfg.device)
 
 
 def _fold(sae: Any, scaler: Any) -> None:
