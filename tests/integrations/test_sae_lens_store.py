@@ -213,7 +213,8 @@ def test_shared_documents_cost_calibration_nothing_where_there_are_enough(
     streamed: bool, monkeypatch: Any
 ) -> None:
     _asked(monkeypatch, 100, 60)
-    first, second = world.text_dataset(300), world.text_dataset(150)
+    first: Any = world.text_dataset(300)
+    second: Any = world.text_dataset(150)
     if streamed:
         sides = [world.store(data.to_iterable_dataset()) for data in (first, second)]
     else:
