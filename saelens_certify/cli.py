@@ -53,7 +53,9 @@ from saelens_certify.report import (
     write_picture,
     write_report,
 )
+from saelens_certify.saes.configurations import read_source
 from saelens_certify.saes.loading import open_sae
+from saelens_certify.saes.processing import common_arguments
 from saelens_certify.verification import verify
 from saelens_certify.version import __version__
 
@@ -195,6 +197,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         model_class=options.model_class,
         device=options.device,
         dtype=options.llm_dtype,
+        arguments=common_arguments({str(source): read_source(source)[0] for source in saes}),
     )
     check_configs(saes, model)
     documents = read_documents(options, model, config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import contextlib
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,14 +11,8 @@ from typing import Any
 
 from saelens_certify.config import CertifyConfig
 from saelens_certify.errors import CertifyError
-from saelens_certify.forward import check_hook
-from saelens_certify.preflight import (
-    check_model_name,
-    check_output_hook,
-    check_settings,
-    check_stream_width,
-)
-from saelens_certify.saes.architectures import check_architecture, input_and_output_hook
+from saelens_certify.preflight import check_settings, pair_rules
+from saelens_certify.saes.architectures import check_architecture
 from saelens_certify.saes.architectures import check_config as check_sae_config
 from saelens_certify.saes.configurations import read_source
 from saelens_certify.saes.sources import SAESpec, parse_spec, sae_folder
@@ -84,22 +78,12 @@ def refusals(sae: Any, model: Any = None, config: CertifyConfig | None = None) -
         _warn_about_context(settings, config, _name(sae))
     if model is None:
         return reasons
-    whole = hasattr(model, "hook_dict")
-    model_config = model.cfg if whole else model
     if config is not None:
+        model_config = model.cfg if hasattr(model, "hook_dict") else model
         attempt(check_settings, SimpleNamespace(cfg=model_config), config)
-    attempt(check_model_name, model_config, settings.metadata)
-    try:
-        hooks = input_and_output_hook(settings)
-    except CertifyError:
-        return reasons  # it is among them already
-    for hook in dict.fromkeys(hooks):
-        if whole:
-            attempt(check_hook, model, hook)
-        else:
-            attempt(_check_layer, model_config, hook)
-    attempt(check_output_hook, model, hooks[1])
-    attempt(check_stream_width, model_config, hooks[0], settings.d_in)
+    with contextlib.suppress(CertifyError):  # hooks that are missing are among the reasons already
+        for rule in pair_rules(model, settings):
+            attempt(rule)
     return reasons
 
 
@@ -117,15 +101,6 @@ def _settings(sae: Any) -> Any:
         )
     check_architecture(settings.architecture())
     return settings
-
-
-def _check_layer(model_config: Any, hook: str) -> None:
-    match = re.match(r"blocks\.(\d+)\.", hook)
-    n_layers = getattr(model_config, "n_layers", None)
-    if match and n_layers is not None and int(match.group(1)) >= n_layers:
-        raise CertifyError(
-            f"the model has no hook {hook!r} (it has {n_layers} layers, numbered from 0)"
-        )
 
 
 def _warn_about_context(settings: Any, config: CertifyConfig, name: str) -> None:

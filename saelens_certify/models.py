@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from saelens_certify.errors import CertifyError
+from saelens_certify.saes.checkpoint import DTYPES
+from saelens_certify.saes.processing import PROCESSING
 
 ModelClass = Literal["TransformerBridge", "HookedTransformer"]
 
 DEMO = "demo"
 """Name of the bundled model."""
-
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
 
 
 def load_model(
@@ -29,14 +26,18 @@ def load_model(
     model_class: ModelClass = "TransformerBridge",
     device: str = "cpu",
     dtype: str = "float32",
+    arguments: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Load a model with unprocessed weights, as SAELens trains on.
+    """Load a model as SAELens does: with unprocessed weights, but for what an SAE's metadata says.
 
     Args:
         name: A hub name, a local folder with ``config.json``, weights and tokenizer, or ``"demo"``.
         model_class: TransformerLens class. Local folders load as TransformerBridge.
         device: Where to put it.
         dtype: Dtype of its parameters: float32, bfloat16, float16 or float64.
+        arguments: ``model_from_pretrained_kwargs`` of the SAE's metadata (see `common_arguments`):
+            processing of weights (``center_writing_weights=True``) and, of hub names, ``revision`` or
+            ``checkpoint_index``.
 
     Returns:
         The model.
@@ -44,8 +45,8 @@ def load_model(
     Raises:
         CertifyError: If the name is neither, or the combination is not available.
     """
-    if dtype not in _DTYPES:
-        raise CertifyError(f"unknown dtype {dtype!r}; use one of {sorted(_DTYPES)}")
+    if dtype not in DTYPES:
+        raise CertifyError(f"unknown dtype {dtype!r}; use one of {sorted(DTYPES)}")
     if model_class not in ("TransformerBridge", "HookedTransformer"):
         raise CertifyError(
             f"unknown model class {model_class!r}; use 'TransformerBridge' or 'HookedTransformer'"
@@ -54,28 +55,50 @@ def load_model(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise CertifyError(f"device {device!r} is not available: {error}") from None
+    others = dict(arguments or {})
+    processing = {key: bool(others.pop(key, False)) for key in PROCESSING}
     if name == DEMO:
         from saelens_certify import demo
 
-        return demo.load_model(model_class, device=device).to(_DTYPES[dtype])
-    folder = Path(name)
-    if folder.is_dir():
-        return _load_folder(folder, model_class, device, _DTYPES[dtype])
-    if str(name).startswith((".", "/", "~")):
+        model = demo.load_model(model_class, device=device).to(DTYPES[dtype])
+    elif Path(name).is_dir():
+        model = _load_folder(Path(name), model_class, device, DTYPES[dtype])
+    elif str(name).startswith((".", "/", "~")):
         raise CertifyError(f"model folder {name!r} does not exist")
+    else:
+        model = _load_published(name, model_class, device, DTYPES[dtype], others)
+    return _processed(model, processing) if any(processing.values()) else model
+
+
+def _processed(model: Any, processing: Mapping[str, bool]) -> Any:
+    if hasattr(model, "original_model"):
+        model.enable_compatibility_mode(**processing)
+    else:
+        model.load_and_process_state_dict(model.state_dict(), **processing)
+    return model.eval()
+
+
+def _load_published(
+    name: str, model_class: ModelClass, device: str, dtype: torch.dtype, others: dict[str, Any]
+) -> Any:
+    from transformer_lens import HookedTransformer
+    from transformer_lens.model_bridge import TransformerBridge
+
+    known = inspect.signature(TransformerBridge.boot_transformers).parameters
+    if model_class == "TransformerBridge" and not others.keys() <= known.keys():
+        raise CertifyError(
+            f"the SAE's metadata asks for a model loaded with {sorted(others.keys() - known.keys())}, "
+            "which a TransformerBridge does not take; use model class 'HookedTransformer'"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
             if model_class == "HookedTransformer":
-                from transformer_lens import HookedTransformer
-
                 return HookedTransformer.from_pretrained_no_processing(
-                    name, device=device, dtype=_DTYPES[dtype]
+                    name, device=device, dtype=dtype, **others
                 ).eval()
-            from transformer_lens.model_bridge import TransformerBridge
-
             return TransformerBridge.boot_transformers(
-                name, device=device, dtype=_DTYPES[dtype]
+                name, device=device, dtype=dtype, **others
             ).eval()
         except (OSError, ValueError) as error:
             raise CertifyError(

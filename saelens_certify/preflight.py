@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ from saelens_certify.data import Sequences
 from saelens_certify.errors import CertifyError
 from saelens_certify.forward import check_hook
 from saelens_certify.saes import SAEAdapter
+from saelens_certify.saes.architectures import input_and_output_hook
 from saelens_certify.saes.hookpoints import check_hookpoint
+from saelens_certify.saes.processing import check_processing
 
 
 def check_settings(model: Any, config: CertifyConfig) -> None:
@@ -57,19 +62,58 @@ def check_bare(model: Any, sae: Any) -> None:
         )
 
 
-def check_pair(model: Any, sae: Any, adapter: SAEAdapter) -> None:
-    """Check names and widths of model and SAE, without a forward pass.
+def check_pair(model: Any, sae: Any) -> None:
+    """Check that model and SAE fit together, without a forward pass.
 
     Raises:
-        CertifyError: If a hook is unknown, the SAE was trained on another model, or the width of a
-            residual-stream SAE is not the model's.
+        CertifyError: By the first of `pair_rules` that is broken.
     """
-    check_hookpoint(model, sae)
-    for hook in (adapter.input_hook, adapter.output_hook):
-        check_hook(model, hook)
-    check_output_hook(model, adapter.output_hook)
-    check_model_name(model.cfg, sae.cfg.metadata)
-    check_stream_width(model.cfg, adapter.input_hook, adapter.d_in)
+    for rule in pair_rules(model, sae.cfg):
+        rule()
+
+
+def pair_rules(model: Any, config: Any) -> list[Callable[[], None]]:
+    """Return everything that is checked about an SAE's configuration and a model.
+
+    Args:
+        model: The model, or its configuration (``model.cfg``), for which there are fewer rules.
+        config: ``sae.cfg``.
+
+    Returns:
+        Checks, each of which raises `CertifyError` if its rule is broken.
+
+    Raises:
+        CertifyError: If the SAE's configuration names no hooks.
+    """
+    hooks = input_and_output_hook(config)
+    whole = hasattr(model, "hook_dict")
+    model_config = model.cfg if whole else model
+    rules: list[Callable[[], None]] = []
+    if whole:
+        rules.append(partial(check_hookpoint, model, config))
+    for hook in dict.fromkeys(hooks):
+        rules.append(partial(check_hook if whole else check_layer, model, hook))
+    if whole:
+        rules.append(partial(check_output_hook, model, hooks[1]))
+    rules.append(partial(check_model_name, model_config, config.metadata))
+    rules.append(partial(check_stream_width, model_config, hooks[0], config.d_in))
+    if whole:
+        rules.append(partial(check_processing, model, config))
+    return rules
+
+
+def check_layer(model_config: Any, hook: str) -> None:
+    """Check that a model of this configuration has the hook's layer.
+
+    Raises:
+        CertifyError: If it has too few.
+    """
+    match = re.match(r"blocks\.(\d+)\.", hook)
+    n_layers = getattr(model_config, "n_layers", None)
+    if match and n_layers is not None and int(match.group(1)) >= n_layers:
+        raise CertifyError(
+            f"the model has no hook {hook!r} (it has {n_layers} layers, numbered from 0)"
+        )
 
 
 def check_output_hook(model: Any, hook: str) -> None:
@@ -78,6 +122,12 @@ def check_output_hook(model: Any, hook: str) -> None:
     Raises:
         CertifyError: If it does not.
     """
+    if hook.startswith(("ln_final.", "unembed.", "hook_unembed")):
+        raise CertifyError(
+            f"{hook} comes after the last block, and only activations up to the last block's output can be "
+            "replaced; its output is "
+            f"'blocks.{int(model.cfg.n_layers) - 1}.hook_resid_post'"
+        )
     bridge = hasattr(model, "original_model")
     if bridge and hook.endswith(".hook_resid_mid"):
         raise CertifyError(

@@ -6,9 +6,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from saelens_certify.errors import CertifyError
 
 # Checked numerically for GPT-2, GPT-NeoX (Pythia) and Llama; the trainer leaves the prefix out,
@@ -79,70 +76,32 @@ def hooks_of(hookpoint: str, transcode: bool) -> Hooks:
     return Hooks(names.input, names.output, f"{hookpoint}.input", f"{hookpoint}.output")
 
 
-def check_hookpoint(model: Any, sae: Any) -> None:
+def check_hookpoint(model: Any, config: Any) -> None:
     """Check that a converted sparse coder's hooks show what its module computes in transformers.
 
     Args:
         model: A TransformerLens model.
-        sae: An SAE from `load_sparsify`; for others nothing is checked.
+        config: ``sae.cfg`` of an SAE from `load_sparsify`; for others nothing is checked.
 
     Raises:
-        CertifyError: If the weights were changed on loading, or if the hook is not at the module's
-            input and output in this model.
+        CertifyError: If the hook is not at the module's input and output in this model.
     """
-    metadata = sae.cfg.metadata
+    metadata = config.metadata
     if metadata.get("sparsify_hookpoint") is None:
         return
     read, written = metadata.hook_name, metadata.hook_name_out or metadata.hook_name
     is_bridge = hasattr(model, "original_model")
-    if read.endswith((".mlp.hook_in", ".attn.hook_in")):
-        if not is_bridge and read not in model.hook_dict:
-            raise CertifyError(
-                f"the transcoder reads {metadata.hf_hook_name}, which is {read} on a TransformerBridge"
-                + (" or HookedSAETransformer" if ".mlp." in read else "")
-                + f"; a {type(model).__name__} has no such hook"
-            )
-        _refuse_processed(
-            model, "the norms' weights are folded into the next layer", _folded(model)
-        )
-    _refuse_processed(model, "what is written to the residual stream is centred", _centred(model))
-    _check_post_norm(model, metadata, written, is_bridge)
-
-
-def _refuse_processed(model: Any, what: str, found: bool) -> None:
-    if found:
-        remedy = (
-            "do not call enable_compatibility_mode(), or with no_processing=True"
-            if hasattr(model, "original_model")
-            else "load it with from_pretrained_no_processing"
-        )
+    if (
+        read.endswith((".mlp.hook_in", ".attn.hook_in"))
+        and not is_bridge
+        and read not in model.hook_dict
+    ):
         raise CertifyError(
-            f"in this model {what}, but sparsify was trained on activations of the Hugging Face "
-            f"model as it is; {remedy}"
+            f"the transcoder reads {metadata.hf_hook_name}, which is {read} on a TransformerBridge"
+            + (" or HookedSAETransformer" if ".mlp." in read else "")
+            + f"; a {type(model).__name__} has no such hook"
         )
-
-
-def _folded(model: Any) -> bool:
-    if hasattr(model, "original_model"):
-        return bool(getattr(model, "_weights_processed", False))
-    return str(model.cfg.normalization_type).endswith("Pre")
-
-
-def _centred(model: Any) -> bool:
-    """Whether the rows that an MLP writes have mean 0, which trained ones only have by chance.
-
-    Random rows of width d have means of about 1/sqrt(d) of their entries' size, centred ones of a
-    rounding error over sqrt(d).
-    """
-    if len(model.blocks) == 0:
-        return False
-    rows = getattr(getattr(model.blocks[0], "mlp", None), "W_out", None)
-    if not isinstance(rows, Tensor):
-        return False
-    sizes = rows.detach().float().abs().mean()
-    means = rows.detach().float().mean(dim=-1).abs().mean()
-    error = 2 * max(torch.finfo(rows.dtype).eps, 1e-5) / rows.shape[-1] ** 0.5
-    return bool(means < error * sizes)
+    _check_post_norm(model, metadata, written, is_bridge)
 
 
 def _check_post_norm(model: Any, metadata: Any, written: str, is_bridge: bool) -> None:

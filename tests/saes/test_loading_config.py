@@ -145,6 +145,15 @@ def test_sparsify_folders(tmp_path) -> None:
         check_config(odd, hooked_transformer())
 
 
+def test_hooks_of_a_sparsify_transcoder(tmp_path) -> None:
+    """The rules of `certify`: attention's input is on a TransformerBridge only."""
+    coder = checkpoint(d_in=D_MODEL, transcode=True)
+    attention = write(coder, tmp_path / "layers.1.self_attn")
+    check_config(attention, llama_bridge())
+    with pytest.raises(CertifyError, match="is blocks.1.attn.hook_in on a TransformerBridge"):
+        check_config(attention, hooked_transformer())
+
+
 def test_every_failure_of_every_sae_is_named(hub: HubCache) -> None:
     ids = [f"blocks.{layer}.hook_resid_pre" for layer in range(5)]
     wrong: dict[str, Any] = {

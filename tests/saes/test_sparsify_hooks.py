@@ -31,6 +31,7 @@ from transformers import (
 
 from saelens_certify.errors import CertifyError
 from saelens_certify.saes.hookpoints import Hooks, check_hookpoint, hooks_of
+from saelens_certify.saes.processing import check_processing
 from saelens_certify.saes.sparsify import load_sparsify
 from saes.sparsify_files import checkpoint, write
 
@@ -40,6 +41,12 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
 TOKENS = make_tokens(3, seed=5)
+
+
+def check(model: Any, sae: Any) -> None:
+    """What preflight checks of these."""
+    check_hookpoint(model, sae.cfg)
+    check_processing(model, sae.cfg)
 
 
 @functools.cache
@@ -192,19 +199,19 @@ def test_norms_after_a_module_are_told_apart(tmp_path: Path) -> None:
             coder = checkpoint(D_MODEL, transcode=transcode)
             sae = load_sparsify(write(coder, tmp_path / str(transcode) / hookpoint))
             with pytest.raises(CertifyError, match=rf"sparsify.*\.{key} = 'blocks\.1\.{inner}"):
-                check_hookpoint(model, sae)
+                check(model, sae)
             setattr(sae.cfg.metadata, key, f"blocks.1.{inner}.hook_out")
-            check_hookpoint(model, sae)
+            check(model, sae)
     residual = load_sparsify(write(checkpoint(D_MODEL), tmp_path / "layers.1"))
-    check_hookpoint(model, residual)
+    check(model, residual)
 
 
 def test_norms_after_a_module_on_a_hooked_transformer(tmp_path: Path) -> None:
     sae = load_sparsify(write(checkpoint(D_MODEL), tmp_path / "layers.0.mlp"))
     block = torch.nn.ModuleDict({"ln2_post": torch.nn.Identity()})
     with pytest.raises(CertifyError, match="use a TransformerBridge"):
-        check_hookpoint(SimpleNamespace(blocks=[block]), sae)
-    check_hookpoint(of_class("HookedTransformer"), sae)
+        check(SimpleNamespace(blocks=[block]), sae)
+    check(of_class("HookedTransformer"), sae)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "pythia"])
@@ -219,7 +226,7 @@ def test_processed_weights_are_refused(family: str, tmp_path: Path) -> None:
             hooks = hooks_of(hookpoint, transcode)
             coder = checkpoint(D_MODEL, transcode=transcode)
             sae = load_sparsify(write(coder, tmp_path / str(transcode) / hookpoint))
-            check_hookpoint(untouched, sae)
+            check(untouched, sae)
             names = hooks.input, hooks.output
             same = all(
                 torch.allclose(before, after, atol=1e-3)
@@ -229,10 +236,10 @@ def test_processed_weights_are_refused(family: str, tmp_path: Path) -> None:
             )
             if same:  # the residual stream and outputs of a Llama: RMS norms are not centred
                 assert family == "llama"
-                check_hookpoint(model, sae)
+                check(model, sae)
             else:
                 with pytest.raises(CertifyError, match="enable_compatibility_mode"):
-                    check_hookpoint(model, sae)
+                    check(model, sae)
 
 
 def test_processed_weights_of_a_hooked_transformer_are_refused(tmp_path: Path) -> None:
@@ -240,22 +247,22 @@ def test_processed_weights_of_a_hooked_transformer_are_refused(tmp_path: Path) -
     autoencoder = load_sparsify(write(checkpoint(D_MODEL), tmp_path / "layers.0"))
     folder = write(checkpoint(D_MODEL, transcode=True), tmp_path / "layers.0.mlp")
     transcoder = load_sparsify(folder)
-    check_hookpoint(model, autoencoder)
-    check_hookpoint(model, transcoder)
+    check(model, autoencoder)
+    check(model, transcoder)
     state = model.state_dict()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.load_and_process_state_dict(state, fold_ln=True, center_writing_weights=False)
-    check_hookpoint(model, autoencoder)
+    check(model, autoencoder)
     with pytest.raises(CertifyError, match=r"folded.*from_pretrained_no_processing"):
-        check_hookpoint(model, transcoder)
+        check(model, transcoder)
     model = copy.deepcopy(of_class("HookedSAETransformer"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.load_and_process_state_dict(state, fold_ln=False, center_writing_weights=True)
     for sae in (autoencoder, transcoder):
         with pytest.raises(CertifyError, match=r"centred.*from_pretrained_no_processing"):
-            check_hookpoint(model, sae)
+            check(model, sae)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -272,9 +279,9 @@ def test_centred_weights_are_told_from_others(
         model = SimpleNamespace(blocks=[SimpleNamespace(mlp=mlp)])
         if centred:
             with pytest.raises(CertifyError, match="centred"):
-                check_hookpoint(model, sae)
+                check(model, sae)
         else:
-            check_hookpoint(model, sae)
+            check(model, sae)
 
 
 def test_hooks_that_only_some_model_classes_have(tmp_path: Path) -> None:
@@ -284,27 +291,27 @@ def test_hooks_that_only_some_model_classes_have(tmp_path: Path) -> None:
     layer = load_sparsify(write(coder, tmp_path / "layers.0"))
     for model_class in MODEL_CLASSES:
         model = of_class(model_class)
-        check_hookpoint(model, layer)
+        check(model, layer)
         if model_class == "HookedTransformer":
             with pytest.raises(CertifyError, match="TransformerBridge or HookedSAETransformer"):
-                check_hookpoint(model, mlp)
+                check(model, mlp)
         else:
-            check_hookpoint(model, mlp)
+            check(model, mlp)
         if "Bridge" in model_class:
-            check_hookpoint(model, attention)
+            check(model, attention)
         else:
             with pytest.raises(CertifyError, match=f"TransformerBridge; a {model_class} has no"):
-                check_hookpoint(model, attention)
+                check(model, attention)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_models_pass(family: str, tmp_path: Path) -> None:
     for hookpoint in hookpoints(family):
         sae = load_sparsify(write(checkpoint(D_MODEL), tmp_path / family / hookpoint))
-        check_hookpoint(models(family)[1], sae)
+        check(models(family)[1], sae)
         # SAEs of other libraries name their hooks themselves.
         sae.cfg.metadata.sparsify_hookpoint = None
-        check_hookpoint(models("gemma2")[1], sae)
+        check(models("gemma2")[1], sae)
 
 
 @given(
