@@ -213,15 +213,15 @@ def test_shared_documents_cost_calibration_nothing_where_there_are_enough(
     streamed: bool, monkeypatch: Any
 ) -> None:
     _asked(monkeypatch, 100, 60)
-    first: Any = world.text_dataset(300)
-    second: Any = world.text_dataset(150)
+    first = world.text_dataset(300)
+    second = world.text_dataset(150)
     if streamed:
         sides = [world.store(data.to_iterable_dataset()) for data in (first, second)]
     else:
         sides = [world.store(data) for data in (first, second)]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        calibration, evaluation = resolve_stores(world.model(), *sides, CONFIG)
+        calibration, evaluation = resolve_stores(world.model(), sides[0], sides[1], CONFIG)
     assert (len(calibration), len(evaluation)) == (100, 60)
     assert not set(calibration.hashes) & set(evaluation.hashes)
 
