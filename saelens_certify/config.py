@@ -97,6 +97,9 @@ class CertifyConfig:
         if seed is None:
             raise CertifyError(f"seed must be an integer, got {self.seed!r}")
         object.__setattr__(self, "seed", seed)
+        for name in ("random_decoder", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise CertifyError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.positions not in _POSITIONS:
             raise CertifyError(f"positions must be one of {_POSITIONS}, got {self.positions!r}")
         if self.impl not in _IMPLS:

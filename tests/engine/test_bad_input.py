@@ -209,6 +209,8 @@ def test_folder_without_config(tmp_path) -> None:
         ("permutations", -1, "permutations"),
         ("batch_tokens", 2.5, "batch_tokens"),
         ("seed", "x", "seed"),
+        ("random_decoder", "no", "random_decoder must be True or False, got 'no'"),
+        ("progress", 1, "progress must be True or False, got 1"),
     ],
 )
 def test_settings_out_of_range(field, value, match) -> None:

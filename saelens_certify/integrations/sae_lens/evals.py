@@ -92,7 +92,7 @@ def run_evals(
         raise CertifyError(f"on_refusal must be one of {get_args(OnRefusal)}, got {on_refusal!r}")
     config = certify_config
     if config is None:
-        config = dataclasses.replace(CertifyConfig(), progress=verbose)
+        config = dataclasses.replace(CertifyConfig(), progress=bool(verbose))
     try:
         if model_kwargs:
             raise CertifyError(
