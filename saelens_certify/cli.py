@@ -9,14 +9,12 @@ Of several SAEs the largest code counts; one that fails does not stop the others
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -40,9 +38,8 @@ from saelens_certify.cli_run import (
     chosen_saes,
     read_documents,
 )
-from saelens_certify.config import CertifyConfig
+from saelens_certify.cli_settings import add_settings, config_of
 from saelens_certify.config_check import check_configs
-from saelens_certify.config_help import setting_descriptions
 from saelens_certify.errors import CertifyError
 from saelens_certify.evidence import CERTIFICATE
 from saelens_certify.models import load_model
@@ -101,12 +98,14 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="certify a bundled SAE on the bundled model")
     demo.add_argument("--sae", default=None, help="one of the bundled SAEs (default: a late layer)")
     demo.add_argument("--output", type=Path, default=Path("demo-output"), help="run's folder")
-    _add_settings(demo, {"permutations": 1, "random_decoder": True})
+    add_settings(demo, {"permutations": 1, "random_decoder": True})
+    _add_result_options(demo)
     demo.set_defaults(command=_demo)
 
     run = commands.add_parser("run", help="certify SAEs on a model and documents")
     add_run_arguments(run)
-    _add_settings(run, {})
+    add_settings(run, {})
+    _add_result_options(run)
     run.set_defaults(command=_run)
 
     check = commands.add_parser("verify", help="recompute a certificate and compare every hash")
@@ -121,23 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> None:
-    """Add one option for every field of `CertifyConfig`, under its own name."""
-    help_texts = setting_descriptions()
-    group = parser.add_argument_group("settings of the certificate")
-    for field in dataclasses.fields(CertifyConfig):
-        default = defaults.get(field.name, field.default)
-        keywords: dict[str, Any] = {
-            "default": default,
-            "help": help_texts[field.name].replace("%", "%%"),
-        }
-        if isinstance(field.default, bool):
-            keywords["action"] = argparse.BooleanOptionalAction
-        else:
-            # Settings that default to None are numbers that depend on the machine.
-            kind = int if field.default is None else type(field.default)
-            keywords |= {"type": kind, "metavar": kind.__name__.upper()}
-        group.add_argument(f"--{field.name}", **keywords)
+def _add_result_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--picture", type=Path, help="also save the figure as .png, .svg or .pdf (extra 'pictures')"
     )
@@ -145,12 +128,6 @@ def _add_settings(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> 
         "--require_nonvacuous",
         action="store_true",
         help="exit with 1 if the certificate is vacuous",
-    )
-
-
-def _config(options: argparse.Namespace) -> CertifyConfig:
-    return CertifyConfig(
-        **{field.name: getattr(options, field.name) for field in dataclasses.fields(CertifyConfig)}
     )
 
 
@@ -168,7 +145,7 @@ def _check_output(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace, console: Console) -> int:
     from saelens_certify import demo
 
-    config = _config(options)
+    config = config_of(options)
     _check_output(options)
     name = options.sae or demo.DEFAULT_SAE
     certificate = certify(
@@ -183,7 +160,7 @@ def _demo(options: argparse.Namespace, console: Console) -> int:
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:
-    config = _config(options)
+    config = config_of(options)
     _check_output(options)
     targets = chosen_saes(options)
     if len(targets) > 1 and options.picture is not None:

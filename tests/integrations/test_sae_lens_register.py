@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import json
@@ -18,6 +19,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 
 from integrations import sae_lens_world as world
 from saelens_certify import CertifyConfig, CertifyError
+from saelens_certify.config_help import setting_descriptions
 from saelens_certify.integrations.sae_lens import register, registration, run_evals, unregister
 from saelens_certify.integrations.sae_lens.cli import main
 from saelens_certify.integrations.sae_lens.registration import check_sae_lens
@@ -332,3 +334,37 @@ def test_the_command_shows_both_sets_of_options(capsys: Any) -> None:
     shown = capsys.readouterr().out
     assert "--n_evaluation_sequences" in shown
     assert "--n_eval_reconstruction_batches" in shown
+
+
+@pytest.mark.usefixtures("releases")
+def test_the_command_has_every_setting_of_a_certificate(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """As `saelens-certify run` has them: from `CertifyConfig`, with its descriptions."""
+    from saelens_certify.integrations.sae_lens import cli
+
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, text in setting_descriptions().items():
+        assert f"--{name} " in shown or f"--{name}," in shown
+        # Lines are broken at hyphens too.
+        assert text[:25].replace(" ", "") in shown.replace(" ", "")
+
+    given: list[CertifyConfig] = []
+
+    def noted(**settings: Any) -> Any:
+        given.append(settings["certify_config"])
+        return register(**settings)
+
+    monkeypatch.setattr(cli, "register", noted)
+    more = ["--random_decoder", "--permutations", "1", "--impl", "torch", "--batch_tokens", "512"]
+    assert main(_arguments("one", tmp_path, *more)) == 0
+    assert main(_arguments("one", tmp_path, "--verbose")) == 0
+    base = CertifyConfig(seq_len=12, progress=False)
+    assert given[0] == dataclasses.replace(
+        base, random_decoder=True, permutations=1, impl="torch", batch_tokens=512
+    )
+    assert given[1] == dataclasses.replace(base, progress=True)
+    record = json.loads((tmp_path / "all_eval_results.json").read_text())[0]
+    assert record["metrics"][GROUP]["n_sequences"] == 20

@@ -16,7 +16,7 @@ from typing import Any
 
 import sae_lens.evals
 
-from saelens_certify.config import CertifyConfig
+from saelens_certify.cli_settings import add_settings, config_of
 from saelens_certify.errors import CertifyError
 from saelens_certify.integrations.sae_lens.activations_store import N_CALIBRATION, N_EVALUATION
 from saelens_certify.integrations.sae_lens.registration import register
@@ -42,17 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sae_lens.evals.process_args(["--help"])  # prints and exits
     options = sae_lens.evals.process_args(theirs)
     try:
-        config = CertifyConfig(
-            coding=ours.coding,
-            alpha=ours.alpha,
-            delta=ours.delta,
-            seq_len=ours.seq_len,
-            positions=ours.positions,
-            tau=ours.tau,
-            permutations=ours.permutations,
-            seed=ours.seed,
-            progress=options.verbose,
-        )
+        config = config_of(ours)
+        if options.verbose:
+            config = dataclasses.replace(config, progress=True)
         registration = register(
             certify_config=config,
             n_calibration_sequences=ours.n_calibration_sequences,
@@ -107,7 +99,6 @@ class _Loader:
 
 
 def _parser() -> argparse.ArgumentParser:
-    defaults = CertifyConfig()
     parser = argparse.ArgumentParser(
         prog="python -m saelens_certify.integrations.sae_lens",
         usage="%(prog)s SAE_REGEX BLOCK_REGEX [options of sae_lens.evals] [options below]",
@@ -119,18 +110,14 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "-h", "--help", action="store_true", help="show both sets of options and exit"
     )
-    group.add_argument("--coding", default=defaults.coding, help="'native' or 'topk:K'")
-    group.add_argument("--alpha", type=float, default=defaults.alpha, help="smoothing of the loss")
-    group.add_argument("--delta", type=float, default=defaults.delta, help="failure probability")
-    group.add_argument("--seq_len", type=int, default=defaults.seq_len, help="tokens a sequence")
-    group.add_argument("--positions", default=defaults.positions, help="'all' or 'no_bos'")
-    group.add_argument("--tau", type=int, default=defaults.tau, help="activations to join the pool")
-    group.add_argument("--permutations", type=int, default=0, help="shuffled controls to measure")
-    group.add_argument(
-        "--seed", type=int, default=defaults.seed, help="seed of sample and controls"
-    )
-    group.add_argument("--n_calibration_sequences", type=int, default=N_CALIBRATION)
-    group.add_argument("--n_evaluation_sequences", type=int, default=N_EVALUATION)
+    for side, number in (("calibration", N_CALIBRATION), ("evaluation", N_EVALUATION)):
+        group.add_argument(
+            f"--n_{side}_sequences",
+            type=int,
+            default=number,
+            metavar="INT",
+            help=f"{side} sequences to draw from each store",
+        )
     group.add_argument(
         "--one_document_per_row",
         action="store_true",
@@ -141,4 +128,6 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="end when an SAE cannot be certified, in place of recording the reason",
     )
+    # Progress bars come with SAELens's --verbose.
+    add_settings(parser, {"progress": False})
     return parser
