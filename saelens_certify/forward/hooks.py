@@ -93,6 +93,11 @@ def check_hook(model: Any, name: str) -> None:
                     f"hook {name!r} did not fire: it is switched off: {error}"
                 ) from None
         return
+    attached = list(getattr(model, "acts_to_saes", None) or ())
+    if name in attached:
+        raise CertifyError(
+            f"an SAE is attached to the model at {name!r}; call model.reset_saes() first"
+        )
     if name.endswith(".mlp.hook_in"):
         raise CertifyError(
             f"a {type(model).__name__} has no hook {name!r}, the input of the MLP after its norm; load "

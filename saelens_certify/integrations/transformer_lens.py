@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saelens_certify.certificate import Certificate
+from saelens_certify.config import CertifyConfig
 from saelens_certify.errors import CertifyError
 from saelens_certify.forward import check_hook, resolve_hook
+from saelens_certify.identity import check_sae
 from saelens_certify.ops import Impl
 from saelens_certify.pool import Pool
+from saelens_certify.positions import coded_positions, special_token_ids
 from saelens_certify.proxies import (
     Variant,
     all_features,
@@ -23,6 +30,7 @@ from saelens_certify.proxies import (
     random_decoder,
 )
 from saelens_certify.saes import Coding, SAEAdapter, adapt
+from saelens_certify.saes.loading import open_sae
 
 Hook = tuple[str, Callable[..., Tensor | None]]
 
@@ -32,30 +40,34 @@ def proxy_hooks(
     variant: str | Variant = "sae",
     pool: Any = None,
     *,
-    coding: str = "native",
-    coded: Bool[Tensor, "batch pos"] | None = None,
-    seed: int = 0,
     model: Any = None,
+    tokens: Int[Tensor, "batch pos"] | None = None,
+    coding: str | None = None,
+    coded: Bool[Tensor, "batch pos"] | None = None,
+    seed: int | None = None,
     impl: Impl = "auto",
 ) -> list[Hook]:
     """Return ``fwd_hooks`` that put a proxy in place of the activation that an SAE explains.
 
     For any ``run_with_hooks`` of a HookedTransformer or a TransformerBridge. Unlike SAELens's own
     splice, skip terms are part of the reconstruction, and a transcoder whose input hook did not fire
-    is an error. The hooks may be used in several threads and any number of times; no gradient flows
-    through them.
+    is an error. With a certificate as ``pool`` these are the very proxies that it is about. The hooks may
+    be used in several threads and any number of times; no gradient flows through them.
 
     Args:
-        sae: A SAELens SAE, or its adapter. It is not changed.
+        sae: A SAELens SAE (or how to load it), or its adapter. It is not changed.
         variant: ``"sae"``: S∘M, all features. ``"pool"``: h_G, features outside the pool masked.
             ``"permuted_R"``: the R-th feature permutation of the seed. ``"random_decoder"``: random
             directions of the rows' norms. Or a `Variant`.
-        pool: The concept pool of ``"pool"``: a `Pool`, a mask over features, or a `Certificate`.
-        coding: Coding rule, as in `CertifyConfig`.
-        coded: Positions that the proxy replaces; None for all.
-        seed: Seed of permutations and random decoders, as in `CertifyConfig`.
+        pool: The concept pool of ``"pool"``: a `Certificate` of this SAE, a `Pool`, or a boolean mask over
+            features.
         model: The model that will run. Checks that it has the hooks, and names them as it knows
             them: a SAETransformerBridge leaves hooks on TransformerLens's older names out without a word.
+        tokens: The token ids that will run; needed with ``model`` where a certificate has
+            ``positions="no_bos"`` and ``coded`` is not given.
+        coding: Coding rule, as in `CertifyConfig`; None: the certificate's, or ``"native"``.
+        coded: Positions that the proxy replaces; None: those of the certificate, or all.
+        seed: Seed of permutations and random decoders; None: the certificate's, or 0.
         impl: Which operators run.
 
     Returns:
@@ -65,14 +77,42 @@ def proxy_hooks(
         CertifyError: If the variant is unknown, a pool is missing or of another SAE, or the model
             has no such hook.
     """
+    if isinstance(sae, (str, Path)):
+        sae = open_sae(sae).sae
     adapter = sae if isinstance(sae, SAEAdapter) else adapt(sae)
+    config = CertifyConfig()
+    if isinstance(pool, Certificate):
+        config = pool.config
+        if not isinstance(sae, SAEAdapter):
+            check_sae(pool, sae, adapter)
+    config = dataclasses.replace(
+        config,
+        coding=config.coding if coding is None else coding,
+        seed=config.seed if seed is None else seed,
+    )
+    if model is not None and not hasattr(model, "hook_dict"):
+        raise CertifyError(
+            f"model is a {type(model).__name__}; pass a HookedTransformer or a TransformerBridge"
+        )
+    if coded is None and config.positions != "all":
+        if tokens is None or model is None:
+            raise CertifyError(
+                f"the certificate has positions={config.positions!r}; pass tokens= and model=, so that the "
+                "same positions are left alone, or coded="
+            )
+        coded = coded_positions(tokens, config.positions, special_token_ids(model))
     splice = _Splice(
-        adapter, _variant(adapter, variant, seed), _pool_of(pool, adapter), Coding.parse(coding), coded, impl
-    )  # fmt: skip
+        adapter,
+        _variant(adapter, variant, config.seed),
+        _pool_of(pool, adapter),
+        Coding.parse(config.coding),
+        coded,
+        impl,
+    )
     if splice.pool is None and splice.variant.only_violations:
         raise CertifyError(
             "variant 'pool' needs pool=, the features that may be used; pass a certificate, a Pool or a "
-            "mask over features"
+            "boolean mask over features"
         )
     hooks: list[Hook] = [(adapter.output_hook, splice.replace)]
     if adapter.input_hook == adapter.output_hook:
@@ -126,12 +166,13 @@ class _Splice:
         coded = self.coded
         if coded is None:
             coded = torch.ones(activation.shape[:2], dtype=torch.bool, device=activation.device)
-        if coded.shape != activation.shape[:2]:
+        if coded.dtype != torch.bool or coded.shape != activation.shape[:2]:
             raise CertifyError(
-                f"coded has shape {tuple(coded.shape)}, the activation at {adapter.output_hook} has "
-                f"{tuple(activation.shape[:2])} sequences and positions"
+                f"coded is a {coded.dtype} tensor of shape {tuple(coded.shape)}; the activation at "
+                f"{adapter.output_hook} needs a boolean one of {tuple(activation.shape[:2])} sequences "
+                "and positions"
             )
-        width = x[0, 0].numel()
+        width = x.flatten(2).shape[2]
         if width != adapter.d_in:
             raise CertifyError(
                 f"the activation at {adapter.input_hook} has width {width}, the SAE expects "
@@ -161,7 +202,7 @@ def _variant(adapter: SAEAdapter, variant: str | Variant, seed: int) -> Variant:
         return pool_restricted()
     if variant == "random_decoder":
         return random_decoder(adapter, seed)
-    permutation = re.fullmatch(r"permuted_(\d+)", variant)
+    permutation = re.fullmatch(r"permuted_(\d+)", str(variant))
     if permutation is None:
         raise CertifyError(
             f"unknown variant {variant!r}; use 'sae', 'pool', 'permuted_0' (1, 2, ...), "
@@ -171,14 +212,18 @@ def _variant(adapter: SAEAdapter, variant: str | Variant, seed: int) -> Variant:
 
 
 def _pool_of(pool: Any, adapter: SAEAdapter) -> Pool | None:
-    pool = getattr(pool, "pool", pool)
+    if isinstance(pool, Certificate):
+        pool = pool.pool
     if pool is None:
         return None
-    if isinstance(pool, Tensor):
-        pool = Pool(pool.bool().cpu())
+    if isinstance(pool, np.ndarray):
+        pool = torch.from_numpy(pool)
+    if isinstance(pool, Tensor) and pool.dtype == torch.bool:
+        pool = Pool(pool.cpu())
     if not isinstance(pool, Pool):
+        what = f"{pool.dtype} tensor" if isinstance(pool, Tensor) else type(pool).__name__
         raise CertifyError(
-            f"pool is a {type(pool).__name__}; pass a certificate, a Pool or a mask over features"
+            f"pool is a {what}; pass a certificate, a Pool or a boolean mask over features"
         )
     if pool.mask.shape != (adapter.d_sae,):
         raise CertifyError(

@@ -9,36 +9,8 @@ from typing import Any
 from saelens_certify.certificate import Certificate
 from saelens_certify.errors import CertifyError
 from saelens_certify.forward import check_hook, resolve_hook
-from saelens_certify.manifest import parameters_sha256, settings_sha256
+from saelens_certify.manifest import parameters_sha256
 from saelens_certify.saes import SAEAdapter
-
-
-def check_sae(certificate: Certificate, sae: Any, adapter: SAEAdapter) -> None:
-    """Check that an SAE is the one that was certified.
-
-    Raises:
-        CertifyError: If its weights, its settings or its hooks are others.
-    """
-    identity = certificate.manifest["identity"]
-    found = parameters_sha256(sae.named_parameters())
-    if found != identity["sae_sha256"]:
-        raise CertifyError(
-            f"this is not the certified SAE: its parameters hash to {found[:12]}…, the certificate has "
-            f"{identity['sae_sha256'][:12]}… (a cast to another dtype also changes them); load the SAE "
-            "as it was certified, or certify this one"
-        )
-    if settings_sha256(adapter.config) != identity["sae_config_sha256"]:
-        raise CertifyError(
-            "the SAE has the certified weights but other settings in its cfg; certify it as it is"
-        )
-    for name, hook, key in (
-        ("reads", adapter.input_hook, "hook_in"),
-        ("writes", adapter.output_hook, "hook_out"),
-    ):
-        if hook != identity[key]:
-            raise CertifyError(
-                f"the SAE {name} at {hook}, the certificate is about {identity[key]}; certify it there"
-            )
 
 
 def watched_hooks(model: Any, adapter: SAEAdapter) -> tuple[str, str]:
@@ -74,6 +46,26 @@ def watched_hooks(model: Any, adapter: SAEAdapter) -> tuple[str, str]:
         check_hook(model, name)
         names.append(resolve_hook(model, name))
     return names[0], names[1]
+
+
+def check_once(point: Any, function: Any) -> None:
+    """Check that a hook is on its hook point once.
+
+    Args:
+        point: The hook point that fires it; None, and anything but a hook point, tells nothing.
+        function: The hook.
+
+    Raises:
+        CertifyError: If it is there more than once: evidence would be counted that often.
+    """
+    handles = getattr(point, "fwd_hooks", ())
+    # Releases of TransformerLens that do not remember the user's function tell nothing either.
+    n = sum(getattr(handle, "user_hook", None) == function for handle in handles)
+    if n > 1:
+        raise CertifyError(
+            f"the monitor's hook fires {n} times in one forward, which is not counted; give the hooks of "
+            "one monitor to a forward once: either attached(model) or fwd_hooks"
+        )
 
 
 def other_model(certificate: Certificate, model: Any) -> tuple[str, ...]:

@@ -21,7 +21,13 @@ from torch import Tensor
 
 from saelens_certify.certificate import Certificate
 from saelens_certify.errors import CertifyError
-from saelens_certify.monitor.checks import check_numbers, check_sae, other_model, watched_hooks
+from saelens_certify.identity import check_sae
+from saelens_certify.monitor.checks import (
+    check_numbers,
+    check_once,
+    other_model,
+    watched_hooks,
+)
 from saelens_certify.monitor.observe import Columns, Observer, Selection, evidence_values
 from saelens_certify.monitor.reference import STATISTICS
 from saelens_certify.monitor.report import Report
@@ -133,6 +139,7 @@ class Monitor:
         values = evidence_values(certificate)
         self._state = State(SequentialTest.start(values, false_alarm, run_length))
         self._arrived = (0, 0)  # requests, sequences
+        self._attached: list[Any] = []  # models
         self._lock = threading.Lock()
         # Only SAEs that encode by their own code must do so one at a time.
         self._encoding = nullcontext() if isinstance(adapter, FusedAdapter) else threading.Lock()
@@ -151,7 +158,8 @@ class Monitor:
     def hooks(self, model: Any = None) -> list[Hook]:
         """Return ``fwd_hooks`` for any ``run_with_hooks``.
 
-        Put them before hooks that change the activation, which they would else see changed.
+        Put them before hooks that change the activation, which they would else see changed, and only
+        once: a forward that fires them twice is an error and not counted.
 
         Args:
             model: The model that will run: checks that it has the hooks, and finds the activation where
@@ -183,14 +191,25 @@ class Monitor:
             model: The model.
 
         Raises:
-            CertifyError: If it has no such hooks.
+            CertifyError: If it has no such hooks, or the monitor is attached to it already.
         """
-        before = self._state
-        with model.hooks(fwd_hooks=self.hooks(model)):
-            try:
-                yield self
-            finally:
-                self._local.__dict__.pop("pending", None)
+        hooks, before = self.hooks(model), self._state
+        with self._lock:
+            if any(model is other for other in self._attached):
+                raise CertifyError(
+                    "the monitor is attached to this model already, and would count every forward "
+                    "twice; attach it once, and run all forwards in that block"
+                )
+            self._attached.append(model)
+        try:
+            with model.hooks(fwd_hooks=hooks):
+                try:
+                    yield self
+                finally:
+                    self._local.__dict__.pop("pending", None)
+        finally:
+            with self._lock:
+                self._attached = [other for other in self._attached if other is not model]
         if self._state is before:
             _LOGGER.warning("the monitor saw no forward in the whole block: did its hooks fire?")
 
@@ -259,18 +278,25 @@ class Monitor:
     def _test_settings(self) -> dict[str, Any]:
         return {**self._settings, "share": self.share, "seed": self.seed}
 
-    def _on_both(self, activation: Tensor, hook: Any) -> None:  # noqa: ARG002 - TL's signature
-        self._guarded(lambda: self._begin(activation) and self._finish(activation))
+    def _on_both(self, activation: Tensor, hook: Any) -> None:
+        self._guarded(
+            hook, self._on_both, lambda: self._begin(activation) and self._finish(activation)
+        )
 
-    def _on_input(self, activation: Tensor, hook: Any) -> None:  # noqa: ARG002 - TL's signature
-        if not self._guarded(lambda: self._begin(activation)):
+    def _on_input(self, activation: Tensor, hook: Any) -> None:
+        if not self._guarded(hook, self._on_input, lambda: self._begin(activation)):
             self._local.pending = None  # then the output hook's having nothing is no second error
 
-    def _on_output(self, activation: Tensor, hook: Any) -> None:  # noqa: ARG002 - TL's signature
-        self._guarded(lambda: self._finish(activation))
+    def _on_output(self, activation: Tensor, hook: Any) -> None:
+        self._guarded(hook, self._on_output, lambda: self._finish(activation))
 
-    def _guarded(self, observe: Callable[[], object]) -> bool:
+    def _guarded(self, point: Any, mine: Callable[..., None], observe: Callable[[], object]) -> bool:
         """Run an observation; whatever fails in it stays out of the forward.
+
+        Args:
+            point: The hook point that fired.
+            mine: The hook that it fired.
+            observe: The observation.
 
         Returns:
             Whether it did not fail.
@@ -279,6 +305,7 @@ class Monitor:
             return True
         self._local.busy = True
         try:
+            check_once(point, mine)
             observe()
         except Exception as error:
             self._local.__dict__.pop("pending", None)

@@ -81,6 +81,11 @@ def check_config(config: Any) -> None:
     input_and_output_hook(config)
     if config.normalize_activations != "constant_scalar_rescale":  # temporal SAEs' own mode
         check_mode(config.normalize_activations)
+    k = getattr(config, "k", None)
+    if k is not None and not 1 <= k <= config.d_sae:
+        raise CertifyError(
+            f"the SAE's k = {k} cannot be kept of its {config.d_sae} features; correct k in cfg.json"
+        )
     for name in ("hook_head_index", "hook_head_index_out"):
         if getattr(config.metadata, name, None) is not None:
             raise CertifyError(
@@ -100,7 +105,7 @@ def input_and_output_hook(config: Any) -> tuple[str, str]:
         CertifyError: If the metadata has no hook.
     """
     metadata = config.metadata
-    hook = metadata.hook_name
+    hook = None if metadata is None else metadata.hook_name
     if not hook:
         raise CertifyError(
             "the SAE's metadata has no hook_name, so nobody knows which activation it explains; "
@@ -304,6 +309,10 @@ def _rows(weight: Tensor) -> Tensor:
 
 def _check_finite(sae: Any) -> None:
     for name, parameter in sae.named_parameters():
+        if parameter.is_meta:
+            raise CertifyError(
+                f"SAE weight {name} is on the device 'meta', which holds no numbers; load the SAE first"
+            )
         bad = int((~torch.isfinite(parameter)).sum())
         if bad:
             raise CertifyError(

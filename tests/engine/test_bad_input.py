@@ -18,7 +18,7 @@ from engine.builders import (
     make_sae,
     make_tokens,
 )
-from saelens_certify import CertifyConfig, CertifyError, certify
+from saelens_certify import CertifyConfig, CertifyError, certify, check_configs
 
 CONFIG = CertifyConfig(seq_len=SEQ_LEN, progress=False)
 
@@ -159,6 +159,21 @@ def test_unfolded_normalisation_is_refused(mode) -> None:
     refuses(mode, sae=sae)
 
 
+def test_hooks_after_the_last_block() -> None:
+    for model in (hooked_transformer(), llama_bridge()):
+        refuses("after the last block", model=model, sae=make_sae(hook="ln_final.hook_normalized"))
+
+
+def test_saes_that_cannot_be_adapted() -> None:
+    too_many = make_sae()
+    too_many.cfg.k = 1000
+    refuses("k = 1000 cannot be kept of its 96 features", sae=too_many)
+    nameless = make_sae()
+    nameless.cfg.metadata = None
+    refuses("no hook_name", sae=nameless)
+    refuses("device 'meta'", sae=make_sae().to("meta"))
+
+
 def test_positions_of_training_are_told() -> None:
     sae = make_sae()
     sae.cfg.metadata.seqpos_slice = (None, -2)
@@ -226,9 +241,14 @@ def test_numbers_of_other_kinds_are_taken() -> None:
     }
     config = CertifyConfig(**numbers)
     assert config.to_dict() == CertifyConfig(seq_len=16, delta=0.25, seed=3).to_dict()
-    not_a_config: Any = {"seq_len": 12}
-    with pytest.raises(CertifyError, match="CertifyConfig"):
-        run(config=not_a_config)
+
+
+@pytest.mark.parametrize("given", [{"seq_len": 12}, {}, "native"])
+def test_settings_that_are_no_config(given: Any) -> None:
+    refuses(r"config must be a CertifyConfig, got (dict|str); .*from_dict", config=given)
+    for saes in ([make_sae()], []):
+        with pytest.raises(CertifyError, match="config must be a CertifyConfig"):
+            check_configs(saes, hooked_transformer(), given)
 
 
 def test_unknown_setting() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from typing import Any
 
@@ -56,7 +57,7 @@ def test_hooks_give_the_losses_of_the_certificate(kind, model_class) -> None:
     by_hash = [rows[tuple(t)] for t in _evidence_tokens(certificate)]
     assert certificate.column("violation").any(), "the pool must matter"
     for variant in VARIANTS:
-        hooks = proxy_hooks(sae, variant, certificate, seed=CONFIG.seed, model=model)
+        hooks = proxy_hooks(sae, variant, certificate, model=model)
         logits = model.run_with_hooks(EVALUATION, fwd_hooks=hooks, return_type="logits")
         found = bits(logits, EVALUATION)[by_hash]
         expected = certificate.column(f"loss_{variant}")
@@ -70,6 +71,35 @@ def _evidence_tokens(certificate: Any) -> list[list[int]]:
     sequences = as_sequences(EVALUATION, seq_len=SEQ_LEN, d_vocab=101).canonical()
     assert list(sequences.hashes) == certificate.evidence.column("sequence").to_pylist()
     return sequences.tokens.tolist()
+
+
+def test_a_certificate_brings_its_settings() -> None:
+    """Coding rule, seed and positions of the certificate hold, without being named again."""
+    model, sae = of_class("TransformerBridge"), sae_of("standard")
+    config = dataclasses.replace(CONFIG, coding="topk:4", positions="no_bos", seed=9)
+    certificate = certify(
+        model, sae, calibration=make_tokens(12, seed=1), evaluation=EVALUATION, config=config
+    )
+    tokens = torch.tensor(_evidence_tokens(certificate))
+    for variant in VARIANTS:
+        hooks = proxy_hooks(sae, variant, certificate, model=model, tokens=tokens)
+        found = bits(model.run_with_hooks(tokens, fwd_hooks=hooks), tokens)
+        expected = certificate.column(f"loss_{variant}")
+        np.testing.assert_allclose(found.numpy(), expected, atol=2e-5, err_msg=variant)
+    with pytest.raises(CertifyError, match="positions='no_bos'; pass tokens="):
+        proxy_hooks(sae, "pool", certificate)
+    for other in (sae_of("topk"), make_sae("standard", "blocks.2.hook_resid_post")):
+        with pytest.raises(
+            CertifyError, match="not the certified SAE|other settings|certify it there"
+        ):
+            proxy_hooks(other, "pool", certificate, model=model, tokens=tokens)
+
+
+def test_an_attached_sae_is_named() -> None:
+    model, sae = of_class.__wrapped__("HookedSAETransformer"), sae_of("topk")
+    model.add_sae(sae)
+    with pytest.raises(CertifyError, match=r"an SAE is attached.*reset_saes\(\)"):
+        proxy_hooks(sae, model=model)
 
 
 @pytest.mark.parametrize("kind", sorted(set(FACTORIES) - set(TRANSCODERS) - {"temporal"}))
@@ -189,8 +219,12 @@ def test_threads_do_not_share_a_transcoder_s_input() -> None:
     [
         ({"variant": "pools"}, "unknown variant 'pools'.*'permuted_0'"),
         ({"variant": "pool"}, "needs pool="),
-        ({"variant": "pool", "pool": torch.ones(5)}, rf"\(5,\) entries, the SAE {D_SAE}"),
+        ({"variant": None}, "unknown variant None"),
+        ({"variant": "pool", "pool": torch.ones(5).bool()}, rf"\(5,\) entries, the SAE {D_SAE}"),
+        ({"variant": "pool", "pool": torch.arange(D_SAE)}, "int64 tensor.*boolean mask"),
         ({"variant": "pool", "pool": [1, 2]}, "pool is a list"),
+        ({"seed": "x"}, "seed must be an integer, got 'x'"),
+        ({"model": "gpt2"}, "model is a str"),
         ({"coding": "top"}, "unknown coding rule 'top'"),
     ],
 )
@@ -201,7 +235,7 @@ def test_wrong_arguments(arguments, message) -> None:
 
 def test_wrong_shapes() -> None:
     model = of_class("HookedTransformer")
-    with pytest.raises(CertifyError, match="coded has shape"):
+    with pytest.raises(CertifyError, match="coded is a torch.bool tensor of shape"):
         model.run_with_hooks(
             EVALUATION, fwd_hooks=proxy_hooks(sae_of("topk"), coded=torch.ones(2, 2).bool())
         )

@@ -185,8 +185,9 @@ def test_several_threads_share_an_sae_that_encodes_itself() -> None:
     def work(i: int) -> None:
         try:
             for _ in range(100):
-                if not torch.allclose(hooks(inputs[i], hook=None), expected[i], atol=1e-4):
-                    wrong.append(i)
+                found = hooks(inputs[i], hook=None)
+                assert found is not None
+                torch.testing.assert_close(found, expected[i], atol=1e-4, rtol=1e-4)
         except Exception as error:
             wrong.append(error)
 
