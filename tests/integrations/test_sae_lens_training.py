@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import os
 import threading
 import time
 import warnings
@@ -31,7 +33,12 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from integrations import sae_lens_world as world
 from integrations.test_sae_lens_inference import assert_same, snapshot, training_sae
 from saelens_certify import CertifyConfig, CertifyError, certify, demo
-from saelens_certify.integrations.sae_lens import CertifyingEvaluator, History, inference_form
+from saelens_certify.integrations.sae_lens import (
+    CertifyingEvaluator,
+    History,
+    Record,
+    inference_form,
+)
 
 CONFIG = CertifyConfig(seq_len=world.SEQ_LEN, progress=False)
 PREFIX = "faithfulness_certificate"
@@ -373,6 +380,9 @@ def test_wrong_input_is_found_before_training() -> None:
         evaluator(evaluation=world.store())
     with pytest.raises(CertifyError, match="give model="):
         evaluator(model=None)
+    for config in ({"alpha": 0.4}, {}):
+        with pytest.raises(CertifyError, match="config must be a CertifyConfig, got dict"):
+            evaluator(config=config)
     with pytest.raises(CertifyError, match="on_refusal"):
         evaluator(on_refusal="warn")
     with pytest.raises(CertifyError, match="is a folder"):
@@ -390,6 +400,37 @@ def test_a_damaged_log_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.jsonl").write_text('{"step": 1, "samples": 2, "name": "a"}\n{"step": 2}\n')
     with pytest.raises(CertifyError, match="line 2 is no record"):
         History.load(tmp_path / "run.jsonl")
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_log(tmp_path: Path) -> None:
+    history = History(tmp_path / "run.jsonl")
+    metrics = {"u_sae": math.inf, "gap": math.nan, "eta": 0.25, "n_sequences": 3}
+    history.add(Record(1, 2, "sae", metrics))
+    line = json.loads((tmp_path / "run.jsonl").read_text())
+    assert line["metrics"] == {"u_sae": None, "gap": None, "eta": 0.25, "n_sequences": 3}
+    assert history[0].metrics == metrics
+    (found,) = History.load(tmp_path / "run.jsonl")
+    assert math.isnan(found.metrics["u_sae"])
+    assert found.metrics["eta"] == 0.25
+
+
+def test_a_full_disk_does_not_end_a_training_run(tmp_path: Path, monkeypatch: Any) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "run.jsonl"
+    trainer = _trainer(training_sae("topk"), _batches())
+    certifying = evaluator(log=path)
+    monkeypatch.setattr(os, "fsync", full)
+    with (
+        pytest.warns(UserWarning, match=r"record of step 0 is kept, but not written to .*No space"),
+        certifying.following(trainer, every=4) as history,
+    ):
+        trainer.fit()
+    assert [record.step for record in history] == [0, 4, 6]
+    assert all(record.metrics for record in history)
+    with pytest.raises(OSError, match="No space left"):
+        evaluator(log=path, on_refusal="raise").certify(training_sae("topk"))
 
 
 def test_metadata_of_the_run_reaches_the_certificate() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,19 @@ class History:
         return self.records[index]
 
     def add(self, record: Record) -> None:
-        """Keep a record and write its line."""
+        """Keep a record and write its line; what is not finite is written as null.
+
+        Raises:
+            OSError: If the line cannot be written. The record is kept nevertheless.
+        """
         self.records.append(record)
         if self.path is None:
             return
-        line = json.dumps(asdict(record), allow_nan=False) + "\n"
+        written = asdict(record)
+        written["metrics"] = {
+            key: value if math.isfinite(value) else None for key, value in record.metrics.items()
+        }
+        line = json.dumps(written, allow_nan=False) + "\n"
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line)
             file.flush()
@@ -123,8 +132,11 @@ class History:
         history = cls()
         for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
             try:
-                history.records.append(Record(**json.loads(line)))
-            except (TypeError, ValueError) as error:
+                record = Record(**json.loads(line))
+                # The opposite of `add`: a number that was not finite is not a number.
+                metrics = {k: math.nan if v is None else v for k, v in record.metrics.items()}
+                history.records.append(replace(record, metrics=metrics))
+            except (AttributeError, TypeError, ValueError) as error:
                 raise CertifyError(
                     f"{path}, line {number} is no record of a run: {error}"
                 ) from None

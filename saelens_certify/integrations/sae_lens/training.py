@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -49,7 +48,7 @@ class CertifyingEvaluator:
         prefix: Metrics are returned as ``{prefix}/{name}``.
         log: File to append one line of JSON a certificate to.
         on_refusal: What to do where no certificate can be issued: ``"record"`` the reason with a warning
-            and train on, or ``"raise"``.
+            and train on, or ``"raise"``. The same goes for a log that cannot be written (a full disk).
 
     Attributes:
         history: Every certificate so far, as numbers.
@@ -86,7 +85,9 @@ class CertifyingEvaluator:
                     "sequences_of_store(store, ...))"
                 )
         self.model, self.inner = model, inner
-        self.config = config or dataclasses.replace(CertifyConfig(), progress=False)
+        self.config = (
+            CertifyConfig(progress=False) if config is None else CertifyConfig.check(config)
+        )
         self.prefix, self.on_refusal = prefix, on_refusal
         # Chosen once: every step is judged on the same documents.
         self.calibration: Sequences = sequences_for(model, calibration, self.config)
@@ -137,6 +138,7 @@ class CertifyingEvaluator:
 
         Raises:
             CertifyError: If there is no certificate and ``on_refusal="raise"``.
+            OSError: If the log cannot be written and ``on_refusal="raise"``.
         """
         started = time.perf_counter()
         name = name or str(sae.cfg.metadata.hook_name)
@@ -161,7 +163,15 @@ class CertifyingEvaluator:
             refused = str(error)
             warnings.warn(f"no certificate at step {step}: {error}", stacklevel=2)
         record = Record(step, samples, name, metrics, refused, time.perf_counter() - started)
-        self.history.add(record)
+        try:
+            self.history.add(record)
+        except OSError as error:
+            if self.on_refusal == "raise":
+                raise
+            warnings.warn(
+                f"the record of step {step} is kept, but not written to {str(self.history.path)!r}: {error}",
+                stacklevel=2,
+            )
         return record
 
     @contextmanager
