@@ -224,6 +224,36 @@ def test_a_block_without_a_forward_is_logged(caplog) -> None:
     assert "saw no forward" in caplog.text
 
 
+def test_a_second_attachment_to_the_same_model_is_refused() -> None:
+    """It would square the evidence, and the false-alarm probability would no longer hold."""
+    model, mon = monitor()
+    other = monitor()[1]
+    with mon.attached(model), other.attached(model):
+        with pytest.raises(CertifyError, match="attached to this model already"), mon.attached(model):
+            pass
+        model(EVALUATION[:3])
+    with mon.attached(model):  # one after the other is what restarts do
+        model(EVALUATION[:3])
+    assert mon.report().totals.sequences == 6
+    assert other.report().totals.sequences == 3
+    assert n_hooks(model) == 0
+
+
+@pytest.mark.parametrize("kind", ["topk", "transcoder"])
+@pytest.mark.parametrize("model_class", ["HookedTransformer", "TransformerBridge"])
+def test_hooks_that_fire_twice_in_a_forward_count_nothing(kind, model_class) -> None:
+    model, mon = monitor(kind, model_class, on_error="record")
+    plain = model(EVALUATION[:4])
+    with mon.attached(model):
+        twice = model.run_with_hooks(EVALUATION[:4], fwd_hooks=mon.hooks(model))
+        assert torch.equal(plain, twice)
+        model(EVALUATION[:4])
+    report = mon.report()
+    assert report.totals.requests == 1
+    assert report.totals.tested.sequences == 4
+    assert "fires 2 times in one forward" in str(report)
+
+
 def test_requests_nest() -> None:
     model, mon = monitor()
     with mon.attached(model), mon.request():
