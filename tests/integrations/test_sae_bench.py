@@ -6,12 +6,12 @@ import copy
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from integrations.certified import Certified, certified
+from integrations.sae_bench_envelope import ENVELOPE, envelope, fetch, schemas, types, violations
 from saelens_certify import CertifyConfig, CertifyError, EvidenceError
 from saelens_certify.cli import EXIT_DONE, main
 from saelens_certify.integrations.sae_bench import certificate_schema, check_certificate
@@ -20,21 +20,9 @@ from saelens_certify.manifest import provenance
 
 __all__ = ["certified"]
 
-# SAEBench 0.6.0, sae_bench/evals/base_eval_output.py: names, types (None: may be null), required or not.
-ENVELOPE: dict[str, tuple[tuple[type, ...], bool]] = {
-    "eval_type_id": ((str,), True),
-    "eval_config": ((dict,), True),
-    "eval_id": ((str,), True),
-    "datetime_epoch_millis": ((int,), True),
-    "eval_result_metrics": ((dict,), True),
-    "eval_result_details": ((list,), False),
-    "sae_bench_commit_hash": ((str,), True),
-    "sae_lens_id": ((str, type(None)), True),
-    "sae_lens_release_id": ((str, type(None)), True),
-    "sae_lens_version": ((str, type(None)), True),
-    "sae_cfg_dict": ((dict, type(None)), True),
-    "eval_result_unstructured": ((dict, list, str, int, float, type(None)), False),
-}
+_KINDS = {
+    "string": str, "integer": int, "object": dict, "array": list, "null": type(None), "any": object,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -47,7 +35,7 @@ def test_the_envelope_is_sae_bench_s(values) -> None:
     assert set(values) <= set(ENVELOPE)
     assert {name for name, (_, required) in ENVELOPE.items() if required} <= set(values)
     for name, value in values.items():
-        assert isinstance(value, ENVELOPE[name][0]), name
+        assert isinstance(value, tuple(_KINDS[kind] for kind in ENVELOPE[name][0])), name
         assert not isinstance(value, bool)
     assert 0 <= values["datetime_epoch_millis"] <= 9_999_999_999_999
     for category in values["eval_result_metrics"].values():
@@ -74,20 +62,25 @@ def test_the_schema_asks_for_what_the_envelope_asks_for() -> None:
     assert set(schema["properties"]) == set(ENVELOPE)
     required = {name for name, (_, required) in ENVELOPE.items() if required}
     assert required <= set(schema["required"])
-    kinds = {str: "string", int: "integer", dict: "object", list: "array", type(None): "null"}
-    for name, (types, _) in ENVELOPE.items():
-        if name == "eval_result_unstructured":
-            continue  # anything
-        assert set(_types(schema["properties"][name], schema)) == {kinds[kind] for kind in types}
+    for name, (allowed, _) in ENVELOPE.items():
+        ours = set(types(schema["properties"][name], schema))
+        assert ours <= set(allowed) or "any" in allowed, name
+        assert "null" in ours or "null" not in allowed or name.startswith("eval_result_"), name
 
 
-def _types(part: dict[str, Any], schema: dict[str, Any]) -> Iterator[str]:
-    if "$ref" in part:
-        yield from _types(schema["$defs"][part["$ref"].rpartition("/")[2]], schema)
-    for option in part.get("anyOf", ()):
-        yield from _types(option, schema)
-    if "type" in part:
-        yield part["type"]
+def test_the_envelope_is_the_published_schemas(values, tmp_path) -> None:
+    """The wheel is fetched: its schemas are not ours to copy."""
+    wheel = fetch(tmp_path)
+    assert envelope(wheel) == ENVELOPE
+    published = schemas(wheel)
+    assert len(published) == 9
+    for name, schema in published.items():
+        assert violations(values, schema) == [], name
+        assert violations({**values, "eval_id": 3, "more": 1}, schema) == [
+            "eval_id is 3",
+            "more is not in the envelope",
+        ]
+        assert violations({"sae_lens_id": None}, schema)[0].endswith("is missing")
 
 
 def test_every_entry_has_a_title_and_a_description() -> None:
