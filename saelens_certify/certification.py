@@ -13,7 +13,6 @@ from saelens_certify.certificate import Certificate, check_seal, join_parts
 from saelens_certify.config import CertifyConfig
 from saelens_certify.data import Sequences, as_sequences, check_disjoint
 from saelens_certify.data.stores import is_store
-from saelens_certify.errors import CertifyError
 from saelens_certify.evidence import EVIDENCE, RunFolder, reading, to_table
 from saelens_certify.forward import ForwardEngine, choose_strategy
 from saelens_certify.manifest import build_manifest
@@ -77,12 +76,7 @@ def certify(
             the value and the remedy.
         EvidenceError: If ``output`` holds another run or damaged files.
     """
-    config = config or CertifyConfig()
-    if not isinstance(config, CertifyConfig):
-        raise CertifyError(
-            f"config must be a CertifyConfig, got {type(config).__name__}; use CertifyConfig(...), or "
-            "CertifyConfig.from_dict(...) for a dict"
-        )
+    config = CertifyConfig.check(config)
     loaded = open_sae(sae)
     sae = loaded.sae
     adapter = adapt(sae)

@@ -124,6 +124,26 @@ class CertifyConfig:
         return {k: v for k, v in self.to_dict().items() if k not in SPEED_FIELDS}
 
     @classmethod
+    def check(cls, value: Any, name: str = "config") -> CertifyConfig:
+        """Check settings that a caller gave; None stands for the default ones.
+
+        Args:
+            value: What was given.
+            name: Name of the argument, for the message.
+
+        Raises:
+            CertifyError: If it is something else, such as a dict.
+        """
+        if value is None:
+            return cls()
+        if not isinstance(value, cls):
+            raise CertifyError(
+                f"{name} must be a CertifyConfig, got {type(value).__name__}; use CertifyConfig(...), "
+                "or CertifyConfig.from_dict(...) for a dict"
+            )
+        return value
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CertifyConfig:
         """Build a config from JSON values.
 

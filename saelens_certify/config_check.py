@@ -45,6 +45,8 @@ def check_configs(
         CertifyError: Naming every SAE that would be refused, with every reason.
     """
     saes = list(saes)
+    if config is not None:
+        CertifyConfig.check(config)
     refused = {_name(sae): reasons for sae in saes if (reasons := refusals(sae, model, config))}
     if not refused:
         return

@@ -53,7 +53,7 @@ def sequences_of_store(
     Raises:
         CertifyError: If the store's rows are not documents, or give no sequence.
     """
-    config = config or CertifyConfig()
+    config = CertifyConfig.check(config)
     model = store.model if model is None else model
     if limit is None:
         refuse_endless(store)

@@ -130,6 +130,16 @@ def _refusals() -> dict[str, dict[str, Any]]:
     }
 
 
+@pytest.mark.parametrize("given", [{"coding": "native"}, {}])
+@pytest.mark.parametrize("on_refusal", ["raise", "record"])
+def test_settings_that_are_no_config(given: Any, on_refusal: Any) -> None:
+    sae, store = world.trained_sae(), world.store()
+    with pytest.raises(CertifyError, match="certify_config must be a CertifyConfig, got dict"):
+        _run(sae, store, certify_config=given, on_refusal=on_refusal)
+    with pytest.raises(CertifyError, match="config must be a CertifyConfig, got dict"):
+        sequences_of_store(store, given)
+
+
 @pytest.mark.parametrize("name", list(_refusals()))
 def test_refusals_come_before_the_store_moves(name: str) -> None:
     options = _refusals()[name]

@@ -90,8 +90,8 @@ def run_evals(
     """
     if on_refusal not in get_args(OnRefusal):
         raise CertifyError(f"on_refusal must be one of {get_args(OnRefusal)}, got {on_refusal!r}")
-    config = certify_config
-    if config is None:
+    config = CertifyConfig.check(certify_config, "certify_config")
+    if certify_config is None:
         config = dataclasses.replace(CertifyConfig(), progress=bool(verbose))
     try:
         if model_kwargs:
