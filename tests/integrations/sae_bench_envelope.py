@@ -114,4 +114,4 @@ def _types_of(value: Any) -> set[str]:
 
 
 if __name__ == "__main__":
-    print(*envelope(Path(sys.argv[1])).items(), sep="\n")
+    sys.stdout.writelines(f"{entry}\n" for entry in envelope(Path(sys.argv[1])).items())
