@@ -12,9 +12,7 @@ from typing import Any
 from saelens_certify.errors import CertifyError
 from saelens_certify.saes.architectures import check_architecture, check_config
 from saelens_certify.saes.sources import CONFIG_FILE, SAESpec, near_releases, registry
-from saelens_certify.saes.sparsify import is_sparsify_folder, sparsify_config
-
-SPARSIFY_WEIGHTS = "sae.safetensors"
+from saelens_certify.saes.sparsify import SPARSIFY_WEIGHTS, is_sparsify_folder, sparsify_config
 
 
 def check_source(source: Path | SAESpec) -> tuple[Any, bool]:

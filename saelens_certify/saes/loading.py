@@ -21,13 +21,12 @@ from saelens_certify.saes.checkpoint import (
 )
 from saelens_certify.saes.classes import OWN_CLASSES
 from saelens_certify.saes.configurations import (
-    SPARSIFY_WEIGHTS,
     check_source,
     reading,
     sparsify_folder,
 )
 from saelens_certify.saes.sources import SAESpec, parse_spec, sae_folder
-from saelens_certify.saes.sparsify import is_sparsify_folder, load_sparsify
+from saelens_certify.saes.sparsify import SPARSIFY_WEIGHTS, is_sparsify_folder, load_sparsify
 
 
 @dataclass(frozen=True)

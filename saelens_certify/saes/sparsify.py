@@ -25,16 +25,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saelens_certify.errors import CertifyError
+from saelens_certify.saes.checkpoint import DTYPES, check_dtype
 from saelens_certify.saes.hookpoints import hooks_of
+from saelens_certify.saes.sources import CONFIG_FILE
 
-_CONFIG, _WEIGHTS = "cfg.json", "sae.safetensors"
+SPARSIFY_WEIGHTS = "sae.safetensors"
 _KNOWN = {
     "activation", "d_in", "expansion_factor", "k", "multi_topk", "normalize_decoder", "num_latents",
     "signed", "skip_connection", "transcode",
 }  # fmt: skip
 # Written by some versions whether or not the setting they belong to is on.
 _WITHOUT_EFFECT = {"gram_table_hash", "lookup_max_order", "naive_decoder"}
-_DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class SparseCoderSettings:
 def is_sparsify_folder(path: str | Path) -> bool:
     """Return whether a folder holds one sparsify checkpoint."""
     folder = Path(path)
-    return (folder / _CONFIG).is_file() and (folder / _WEIGHTS).is_file()
+    return (folder / CONFIG_FILE).is_file() and (folder / SPARSIFY_WEIGHTS).is_file()
 
 
 def load_sparsify(
@@ -96,7 +97,9 @@ def load_sparsify(
     """
     folder = _absolute(folder)
     if not is_sparsify_folder(folder):
-        missing = [name for name in (_CONFIG, _WEIGHTS) if not (folder / name).is_file()]
+        missing = [
+            name for name in (CONFIG_FILE, SPARSIFY_WEIGHTS) if not (folder / name).is_file()
+        ]
         raise CertifyError(
             f"{folder} is no sparsify checkpoint: it has no {' and no '.join(missing)}"
         )
@@ -106,10 +109,10 @@ def load_sparsify(
     stored = {tensor.dtype for tensor in tensors.values()}
     if dtype is None and len(stored) > 1:
         raise CertifyError(
-            f"{folder / _WEIGHTS} mixes dtypes {sorted(map(str, stored))}; say which one the SAE is to "
+            f"{folder / SPARSIFY_WEIGHTS} mixes dtypes {sorted(map(str, stored))}; say which one the SAE is to "
             "compute in with dtype="
         )
-    wanted = stored.pop() if dtype is None else _dtype(dtype)
+    wanted = stored.pop() if dtype is None else DTYPES[check_dtype(str(dtype))]
     weights = _weights(tensors, settings, wanted, folder)
     sae_class, config = _class_and_config(settings, wanted)
     # On the meta device it needs no memory until it has the weights.
@@ -160,7 +163,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_settings(folder: Path) -> tuple[SparseCoderSettings, dict[str, Any]]:
-    path = folder / _CONFIG
+    path = folder / CONFIG_FILE
     raw = _read_json(path)
     # Settings of later or private versions are harmless where they are off; sparsify ignores them.
     unknown = {key: raw[key] for key in raw.keys() - _KNOWN - _WITHOUT_EFFECT if raw[key]}
@@ -216,7 +219,7 @@ def _named(folder: Path) -> Path:
 def _read_tensors(
     folder: Path, settings: SparseCoderSettings, device: str | torch.device
 ) -> dict[str, Tensor]:
-    path = folder / _WEIGHTS
+    path = folder / SPARSIFY_WEIGHTS
     try:
         tensors = load_file(path, device=str(device))
     except (OSError, SafetensorError) as error:
@@ -233,22 +236,12 @@ def _read_tensors(
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected:
         raise CertifyError(
-            f"{path} does not hold what {_CONFIG} says: expected {expected}, found {found}"
+            f"{path} does not hold what {CONFIG_FILE} says: expected {expected}, found {found}"
         )
-    odd = {name: str(t.dtype) for name, t in tensors.items() if t.dtype not in _DTYPES}
+    odd = {name: str(t.dtype) for name, t in tensors.items() if t.dtype not in DTYPES.values()}
     if odd:
         raise CertifyError(f"{path} holds tensors that are not plain floating point: {odd}")
     return tensors
-
-
-def _dtype(name: str | torch.dtype) -> torch.dtype:
-    dtype = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else name
-    if dtype not in _DTYPES:
-        raise CertifyError(
-            f"dtype {name!r} is not one that an SAE can compute in; use "
-            f"{', '.join(sorted(str(d).removeprefix('torch.') for d in _DTYPES))}"
-        )
-    return dtype
 
 
 def _weights(
