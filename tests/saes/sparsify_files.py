@@ -1,12 +1,11 @@
 """Checkpoints in sparsify's format, and what they compute, written from the format's description.
 
-Where the ``eai-sparsify`` package is installed its own class is used beside them: it writes the same
-checkpoints, and its forward pass is compared with too.
+sparsify's own class (package ``eai-sparsify``) is used beside them: it writes the same checkpoints, and its
+forward pass is compared with too.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
@@ -21,11 +20,8 @@ from torch import Tensor
 
 # Its Triton kernel needs a GPU even to import; the plain form computes the same.
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
-SparseCoder: Any = None
-SparseCoderConfig: Any = None
-with contextlib.suppress(ImportError):
-    SparseCoder = importlib.import_module("sparsify.sparse_coder").SparseCoder
-    SparseCoderConfig = importlib.import_module("sparsify.config").SparseCoderConfig
+SparseCoder: Any = importlib.import_module("sparsify.sparse_coder").SparseCoder
+SparseCoderConfig: Any = importlib.import_module("sparsify.config").SparseCoderConfig
 
 
 @dataclass(frozen=True)
@@ -161,9 +157,12 @@ def sparsify_forward(coder: Checkpoint, x: Tensor) -> Tensor:
         return own.decode(top_acts, top_indices)
 
 
-# Every test of a conversion runs with each way to write and each way to compute that is at hand.
-WRITERS: dict[str, Callable[[Checkpoint, Path], Path]] = {"format": write}
-FORWARDS: dict[str, Callable[[Checkpoint, Tensor], Tensor]] = {"float64": Checkpoint.forward}
-if SparseCoder is not None:
-    WRITERS["sparsify"] = write_with_sparsify
-    FORWARDS["sparsify"] = sparsify_forward
+# Every test of a conversion runs with each way to write and each way to compute.
+WRITERS: dict[str, Callable[[Checkpoint, Path], Path]] = {
+    "format": write,
+    "sparsify": write_with_sparsify,
+}
+FORWARDS: dict[str, Callable[[Checkpoint, Tensor], Tensor]] = {
+    "float64": Checkpoint.forward,
+    "sparsify": sparsify_forward,
+}

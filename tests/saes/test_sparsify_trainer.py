@@ -1,7 +1,4 @@
-"""Sparse coders trained by sparsify's own trainer, where the ``eai-sparsify`` package is installed.
-
-The rest of what is known about the format is tested without it.
-"""
+"""Sparse coders trained by sparsify's own trainer (package ``eai-sparsify``)."""
 
 from __future__ import annotations
 
@@ -63,12 +60,11 @@ def check_trained(family: str, folder: Path, **settings: Any) -> None:
         assert (shifted(x) - y).square().sum() > (found - y).square().sum()
 
 
-if SparseCoder is not None:
+def test_trained_autoencoders(tmp_path: Path) -> None:
+    check_trained("pythia", tmp_path, activation="groupmax")
+    check_trained("gpt2", tmp_path / "topk")
 
-    def test_trained_autoencoders(tmp_path: Path) -> None:
-        check_trained("pythia", tmp_path, activation="groupmax")
-        check_trained("gpt2", tmp_path / "topk")
 
-    def test_trained_transcoders(tmp_path: Path) -> None:
-        check_trained("gpt2", tmp_path, transcode=True, skip_connection=True)
-        check_trained("pythia", tmp_path / "plain", transcode=True)
+def test_trained_transcoders(tmp_path: Path) -> None:
+    check_trained("gpt2", tmp_path, transcode=True, skip_connection=True)
+    check_trained("pythia", tmp_path / "plain", transcode=True)
