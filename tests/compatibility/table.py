@@ -1,6 +1,6 @@
 """What can be certified: every architecture at every hook of every model class, tried out.
 
-`python -m tests.compatibility.table` writes docs/compatibility.md; a test compares it.
+`PYTHONPATH=tests python -m compatibility.table` writes docs/compatibility.md; a test compares it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,6 @@ REASONS = {
     "not there": r"has no hook",
     "MLP branch only": r"MLP branch only",
     "after the output": r"computes after",
-    "output itself": r"reads and replaces",
 }
 """Marks of refusals, and what the error says."""
 
@@ -136,9 +135,9 @@ def page(cells: dict[tuple[str, str, str], Cell]) -> str:
 _BEFORE = """# What can be certified
 
 Every architecture at every hook of every model class, tried on a small GPT-2 with random weights. This page is written by
-the tests (`python -m tests.compatibility.table`; one of them tries everything again and compares). *yes*: a certificate was
-issued, and its losses equal those of the SAE's own `forward` put in by hand, within 1e-4 bits a sequence. Anything
-else is a refusal, with its reason:
+the tests (`PYTHONPATH=tests python -m compatibility.table`; one of them tries everything again and compares), in float32. *yes*:
+a certificate was issued, and its losses equal those of the SAE's own `forward` put in by hand, within 1e-4 bits a sequence.
+Anything else is a refusal, with its reason:
 
 - *switched off*: the hook exists and does not fire (`model.set_use_hook_mlp_in(True)` turns `hook_mlp_in` on).
 - *not there*: this model class has no such hook.
@@ -162,9 +161,13 @@ BatchTopK and Matryoshka SAEs are `jumprelu` in their saved form. `topk_transcod
 EleutherAI sparsify checkpoints become (`saes.load_sparsify`). Skip terms and what a temporal SAE predicts from context are part of
 the reconstruction; permutations and random decoders leave them as they are.
 
+SAEs of 16 bits that our operators encode are encoded in float32 arithmetic from their weights; the self-check compares them with
+the same weights in float32, and with their own 16-bit `forward` up to its rounding (`self_check` in the manifest). The others run in their own
+precision.
+
 Refused, with the reason: normalisation that SAELens leaves out at inference and that was not folded
 (`expected_average_only_in`, `covariance_whitening`), training forms that rank over the whole batch, cross-layer decoders that
-SAELens sums, SAEs of a single head, `use_error_term`, hooks that do not fire, classes whose codes depend on the rest of
+SAELens sums, SAEs of a single head, `use_error_term`, hooks that do not fire or come after the last block, classes whose codes depend on the rest of
 the batch or whose `forward` is more than `decode(encode(x))`.
 """
 
