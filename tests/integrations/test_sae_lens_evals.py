@@ -18,7 +18,12 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from integrations import sae_lens_world as world
 from integrations.test_sae_lens_inference import assert_same, snapshot, training_sae
 from saelens_certify import CertifyConfig, CertifyError, certify, demo
-from saelens_certify.integrations.sae_lens import inference_form, run_evals, sequences_of_store
+from saelens_certify.integrations.sae_lens import (
+    evals,
+    inference_form,
+    run_evals,
+    sequences_of_store,
+)
 from saelens_certify.integrations.sae_lens.activations_store import draw
 
 CONFIG = CertifyConfig(seq_len=world.SEQ_LEN, progress=False, part_sequences=64)
@@ -128,6 +133,21 @@ def _refusals() -> dict[str, dict[str, Any]]:
         "too long": {"certify_config": CertifyConfig(seq_len=60, progress=False)},
         "numbers": {"n_calibration_sequences": 0},
     }
+
+
+@pytest.mark.parametrize("given", [None, world.text_dataset(20)], ids=["None", "Dataset"])
+@pytest.mark.parametrize("on_refusal", ["raise", "record"])
+def test_what_is_no_store_is_refused_before_anything_is_measured(
+    given: Any, on_refusal: Any, monkeypatch: Any
+) -> None:
+    measured: list[int] = []
+    monkeypatch.setattr(evals, "certify", lambda *_, **__: measured.append(1))
+    documents = {"calibration": world.texts(60), "evaluation": world.texts(60, seed=1)}
+    for options in ({}, documents):
+        wanted = f"must be an ActivationsStore, got {type(given).__name__}: .*from_sae"
+        with pytest.raises(CertifyError, match=wanted):
+            _run(world.trained_sae(), given, on_refusal=on_refusal, **options)
+    assert not measured
 
 
 @pytest.mark.parametrize("given", [{"coding": "native"}, {}])

@@ -22,6 +22,7 @@ from saelens_certify.integrations.sae_lens.activations_store import (
     N_CALIBRATION,
     N_EVALUATION,
     draw,
+    is_store,
     resolve_stores,
 )
 from saelens_certify.integrations.sae_lens.inference import inference_form
@@ -90,6 +91,12 @@ def run_evals(
     """
     if on_refusal not in get_args(OnRefusal):
         raise CertifyError(f"on_refusal must be one of {get_args(OnRefusal)}, got {on_refusal!r}")
+    if not is_store(activation_store):
+        raise CertifyError(
+            f"activation_store must be an ActivationsStore, got {type(activation_store).__name__}: "
+            "SAELens's own metrics read it; make one with ActivationsStore.from_sae(model, sae, "
+            "dataset=...), or call certify(...) for the certificate alone"
+        )
     config = CertifyConfig.check(certify_config, "certify_config")
     if certify_config is None:
         config = dataclasses.replace(CertifyConfig(), progress=bool(verbose))
