@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +37,6 @@ from saelens_certify.monitor.state import State
 from saelens_certify.monitor.storage import read_state, write_state
 from saelens_certify.monitor.tally import Request, Sums
 from saelens_certify.saes import adapt
-from saelens_certify.saes.fused import FusedAdapter
 from saelens_certify.saes.loading import load_sae
 
 Hook = tuple[str, Callable[..., None]]
@@ -119,9 +117,7 @@ class Monitor:
             certificate = Certificate.load(certificate)
         check_numbers(false_alarm, run_length, share, seed, window, on_error)
         sae, _ = load_sae(sae, dtype=certificate.manifest["sae"]["dtype"])
-        # SAEs that encode by their own code keep state on themselves: they work on a copy, whose
-        # parameters are the user's.
-        adapter = adapt(copy.copy(sae))
+        adapter = adapt(sae)
         check_sae(certificate, sae, adapter)
         self.certificate = certificate
         self.share = share or default_share(certificate.manifest, encoder_products(adapter))
@@ -141,8 +137,6 @@ class Monitor:
         self._arrived = (0, 0)  # requests, sequences
         self._attached: list[Any] = []  # models
         self._lock = threading.Lock()
-        # Only SAEs that encode by their own code must do so one at a time.
-        self._encoding = nullcontext() if isinstance(adapter, FusedAdapter) else threading.Lock()
         self._local = threading.local()
 
     @property
@@ -290,7 +284,9 @@ class Monitor:
     def _on_output(self, activation: Tensor, hook: Any) -> None:
         self._guarded(hook, self._on_output, lambda: self._finish(activation))
 
-    def _guarded(self, point: Any, mine: Callable[..., None], observe: Callable[[], object]) -> bool:
+    def _guarded(
+        self, point: Any, mine: Callable[..., None], observe: Callable[[], object]
+    ) -> bool:
         """Run an observation; whatever fails in it stays out of the forward.
 
         Args:
@@ -381,5 +377,5 @@ class Monitor:
     @torch.no_grad()
     def _measure(self, selection: Selection, x: Tensor, activation: Tensor) -> Columns:
         y = selection.take(activation)
-        with torch.autocast(y.device.type, enabled=False), self._encoding:
+        with torch.autocast(y.device.type, enabled=False):
             return self._observer.measure(selection, x, y)

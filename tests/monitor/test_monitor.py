@@ -172,20 +172,22 @@ def test_threads_share_a_monitor(kind) -> None:
 
 
 @pytest.mark.parametrize(("kind", "at_a_time"), [("temporal", 1), ("topk", 2)])
-def test_saes_with_state_encode_one_at_a_time(kind, at_a_time, monkeypatch) -> None:
+def test_saes_with_state_encode_one_at_a_time(kind, at_a_time) -> None:
     model, mon = monitor(kind)
+    adapter = mon._observer.adapter
+    method = "dense" if kind == "temporal" else "encode"
     inside, most = [], []
-    real, both = type(mon._observer).measure, threading.Barrier(at_a_time)
+    real, both = getattr(adapter, method), threading.Barrier(at_a_time)
 
-    def measure(*arguments):
+    def watched(*arguments, **options):
         inside.append(1)
         most.append(len(inside))
         both.wait(timeout=10)  # at_a_time threads must meet here
         time.sleep(0.02)
         inside.pop()
-        return real(*arguments)
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(type(mon._observer), "measure", measure)
+    object.__setattr__(adapter, method, watched)
     with mon.attached(model):
         threads = [threading.Thread(target=model, args=(EVALUATION[:2],)) for _ in range(2)]
         for thread in threads:
@@ -229,7 +231,10 @@ def test_a_second_attachment_to_the_same_model_is_refused() -> None:
     model, mon = monitor()
     other = monitor()[1]
     with mon.attached(model), other.attached(model):
-        with pytest.raises(CertifyError, match="attached to this model already"), mon.attached(model):
+        with (
+            pytest.raises(CertifyError, match="attached to this model already"),
+            mon.attached(model),
+        ):
             pass
         model(EVALUATION[:3])
     with mon.attached(model):  # one after the other is what restarts do
