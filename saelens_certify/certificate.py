@@ -25,6 +25,7 @@ from saelens_certify.evidence import (
     EVIDENCE,
     MANIFEST,
     RunFolder,
+    finished_run,
     load_calibration,
     read_json,
     read_table,
@@ -286,12 +287,13 @@ class Certificate:
         This checks that the folder is complete, not that nobody edited it: see `verify`.
 
         Args:
-            path: The folder.
+            path: The folder, or the ``certificate.json`` in it.
 
         Raises:
             EvidenceError: If a file is missing or damaged, or sequences are missing or doubled.
+            CertifyError: If there is no such folder.
         """
-        folder = RunFolder(Path(path))
+        folder = finished_run(path)
         read_json(folder.path / CERTIFICATE)
         manifest = folder.manifest()
         calibration = load_calibration(folder.path / CALIBRATION)

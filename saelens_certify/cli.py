@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
 
     check = commands.add_parser("verify", help="recompute a certificate and compare every hash")
-    check.add_argument("folder", type=Path, help="run's folder")
+    check.add_argument("folder", type=Path, help="run's folder, or the certificate.json in it")
     check.set_defaults(command=_verify)
 
     schema = commands.add_parser("schema", help="print the JSON schema of certificate.json")

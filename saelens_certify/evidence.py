@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -180,6 +182,36 @@ class RunFolder:
                     "same settings to fill the gap"
                 )
         return files
+
+
+def finished_run(path: Any) -> RunFolder:
+    """Return the folder of a finished run that somebody names.
+
+    Args:
+        path: The folder, or the ``certificate.json`` in it.
+
+    Raises:
+        EvidenceError: If there is no ``certificate.json`` in it.
+        CertifyError: If there is no such folder, or it is no path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise CertifyError(
+            f"give the folder of a run, not {type(path).__name__} ({CERTIFICATE} and the evidence are "
+            "in it; certificate.save(folder) writes one)"
+        )
+    folder = Path(path)
+    if folder.name == CERTIFICATE and not folder.is_dir():
+        folder = folder.parent
+    if not folder.exists():
+        raise CertifyError(f"there is no folder {str(folder)!r}; give the folder of a run")
+    if not folder.is_dir():
+        raise CertifyError(f"{str(folder)!r} is a file; give the folder of a run")
+    if (folder / MANIFEST).exists() and not (folder / CERTIFICATE).exists():
+        raise EvidenceError(
+            f"{folder / CERTIFICATE} is missing: the run did not finish; repeat the same command (or "
+            "call) with the same output folder, which resumes it"
+        )
+    return RunFolder(folder)
 
 
 @contextlib.contextmanager

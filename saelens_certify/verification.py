@@ -16,7 +16,7 @@ from saelens_certify.data import Sequences
 from saelens_certify.data.hashing import set_digest
 from saelens_certify.data.stores import is_store
 from saelens_certify.errors import CertifyError, EvidenceError
-from saelens_certify.evidence import CERTIFICATE, EVIDENCE, RunFolder, read_json
+from saelens_certify.evidence import CERTIFICATE, EVIDENCE, finished_run, read_json
 from saelens_certify.forward import ForwardEngine, Strategy
 from saelens_certify.manifest import parameters_sha256
 from saelens_certify.measure import Subject, measure
@@ -65,7 +65,7 @@ def verify(
     sequences, a random sample of sequences is also measured again.
 
     Args:
-        path: The run's folder.
+        path: The run's folder, or the ``certificate.json`` in it.
         model: The model, to measure again.
         sae: The SAELens SAE, a folder or ``"release/sae_id"``, to measure again.
         evaluation: The evaluation documents, in any form that `certify` takes, to measure again.
@@ -77,12 +77,12 @@ def verify(
 
     Raises:
         EvidenceError: Naming the file, and the entry, that is missing, damaged or edited.
-        CertifyError: If model, SAE or sequences are not the certified ones.
+        CertifyError: If there is no such folder, or model, SAE or sequences are not the certified ones.
     """
-    folder = RunFolder(Path(path))
+    folder = finished_run(path)
     stored = read_json(folder.path / CERTIFICATE)
     hashes = compare_hashes(folder, stored)
-    certificate = Certificate.load(path)
+    certificate = Certificate.load(folder.path)
     ids = certificate.evidence.column("sequence").to_pylist()
     if set_digest(ids) != certificate.manifest["identity"]["evaluation_sha256"]:
         raise EvidenceError(

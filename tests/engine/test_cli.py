@@ -174,6 +174,17 @@ def test_folder_without_a_run(tmp_path, capsys) -> None:
     assert "certificate.json" in capsys.readouterr().err.replace("\n", "")
 
 
+def test_verify_takes_the_certificate_and_names_wrong_folders(kit, tmp_path, capsys) -> None:
+    assert main(command(kit, tmp_path / "run")) == EXIT_DONE
+    assert main(["verify", str(tmp_path / "run" / "certificate.json")]) == EXIT_DONE
+    assert main(["verify", str(tmp_path / "typo")]) == EXIT_INPUT
+    assert "there is no folder" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "run" / "manifest.json")]) == EXIT_INPUT
+    (tmp_path / "run" / "certificate.json").unlink()
+    assert main(["verify", str(tmp_path / "run")]) == EXIT_EVIDENCE
+    assert "repeat the same command" in capsys.readouterr().err
+
+
 def test_info_and_version_as_a_program() -> None:
     info = subprocess.run(
         [sys.executable, "-m", "saelens_certify", "info"],

@@ -163,6 +163,29 @@ def test_doubled_part_is_found(folder) -> None:
         Certificate.load(folder)
 
 
+def test_a_run_is_named_by_its_folder_or_its_certificate(folder, tmp_path) -> None:
+    assert verify(folder / CERTIFICATE).n_sequences == len(EVALUATION)
+    assert Certificate.load(str(folder / CERTIFICATE)).measured.n_sequences == len(EVALUATION)
+    for read in (verify, Certificate.load):
+        for wrong, message in (
+            (None, "give the folder of a run, not NoneType"),
+            (Certificate.load(folder), r"not Certificate.*certificate\.save\(folder\)"),
+            (folder / MANIFEST, "is a file; give the folder"),
+            (tmp_path / "typo", "there is no folder .*typo"),
+            (tmp_path / "typo" / CERTIFICATE, "there is no folder .*typo"),
+        ):
+            with pytest.raises(CertifyError, match=message) as raised:
+                read(wrong)
+            assert raised.type is CertifyError  # wrong input, no damaged evidence
+
+
+def test_an_unfinished_run_says_how_to_finish_it(folder) -> None:
+    (folder / CERTIFICATE).unlink()
+    for path in (folder, folder / CERTIFICATE):
+        with pytest.raises(EvidenceError, match="did not finish; repeat the same command"):
+            verify(path)
+
+
 def test_remeasuring_a_sample(folder) -> None:
     evaluation = as_sequences(EVALUATION, seq_len=SEQ_LEN, d_vocab=101)
     kit = {"model": hooked_transformer(), "sae": make_sae(), "evaluation": evaluation}
