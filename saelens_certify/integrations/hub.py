@@ -12,7 +12,7 @@ from typing import Any
 
 from saelens_certify.certificate import Certificate
 from saelens_certify.errors import CertifyError
-from saelens_certify.evidence import CERTIFICATE, MANIFEST, RunFolder, read_json
+from saelens_certify.evidence import CERTIFICATE, MANIFEST, RunFolder, finished_run, read_json
 from saelens_certify.integrations.model_card import insert_section, model_card_section
 from saelens_certify.integrations.sae_bench import check_certificate
 from saelens_certify.manifest import parameters_sha256, settings_sha256
@@ -39,14 +39,16 @@ def attach(
         sae_folder: The SAE's folder, as `upload_saes_to_huggingface` takes it.
         evidence: Whether to put the whole run into ``certificate/`` too (manifest, calibration and
             evidence, a few hundred bytes per sequence), so that others can run
-            ``saelens-certify verify`` on it. It names documents and local paths.
+            ``saelens-certify verify`` on it. It names documents and local paths. A run that is there
+            is replaced.
 
     Returns:
         The path of ``certificate.json``.
 
     Raises:
         EvidenceError: If the run's folder is damaged or edited.
-        CertifyError: If the folder holds another SAE, or the same in a dtype that rounding led to.
+        CertifyError: If the folder holds another SAE, or the same in a dtype that rounding led to;
+            without ``evidence``, if that of another certificate is attached.
     """
     folder = Path(sae_folder)
     with tempfile.TemporaryDirectory() as scratch:
@@ -54,13 +56,16 @@ def attach(
         if isinstance(certificate, Certificate):
             certificate.save(run)
         else:
-            run = Path(certificate)
+            run = finished_run(certificate).path
         checked = verify(run).certificate
         _check_weights(checked, folder)
+        content = (run / CERTIFICATE).read_bytes()
         if evidence:
             _copy_run(RunFolder(run), folder / EVIDENCE_FOLDER)
+        else:
+            _check_evidence(folder, content)
         target = folder / CERTIFICATE
-        write_atomically(target, (run / CERTIFICATE).read_bytes())
+        write_atomically(target, content)
     return target
 
 
@@ -102,7 +107,8 @@ def upload_saes_to_huggingface(
             stands outside of them stays.
 
     Raises:
-        CertifyError: Before anything is uploaded, if a certificate is not about the SAE beside it.
+        CertifyError: Before anything is uploaded, if a certificate is not about the SAE beside it, or
+            the evidence there is another certificate's.
     """
     from huggingface_hub import HfApi
     from sae_lens import SAE
@@ -113,6 +119,7 @@ def upload_saes_to_huggingface(
         if not isinstance(sae, SAE) and (Path(sae) / CERTIFICATE).exists():
             certificates[sae_id] = read_certificate(sae)
             _check_identity(certificates[sae_id], Path(sae))
+            _check_evidence(Path(sae), (Path(sae) / CERTIFICATE).read_bytes())
     upload(dict(saes_dict), hf_repo_id, hf_revision, show_progress, add_default_readme)
     api = HfApi()
     for sae_id in certificates:
@@ -202,6 +209,19 @@ def _compare(identity: Mapping[str, Any], dtype: str, folder: Path) -> None:
         raise CertifyError(
             f"the certificate is about the weights rounded to {dtype}, the folder {str(folder)!r} stores "
             f"them in {loaded.checkpoint_dtype}; certify that, or save the SAE in {dtype}"
+        )
+
+
+def _check_evidence(folder: Path, certificate: bytes) -> None:
+    """Check that evidence attached to an SAE's folder is that of a certificate."""
+    attached = folder / EVIDENCE_FOLDER
+    if not (attached / MANIFEST).exists():
+        return
+    sealed = attached / CERTIFICATE
+    if not sealed.exists() or sealed.read_bytes() != certificate:
+        raise CertifyError(
+            f"{str(attached)!r} holds the evidence of another certificate; replace it with "
+            "attach(..., evidence=True), or remove that folder first"
         )
 
 

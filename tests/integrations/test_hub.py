@@ -123,6 +123,37 @@ def test_attaching_attached_evidence_leaves_it(certified, folder, tmp_path) -> N
         assert contents(folder) == before
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_evidence_of_another_certificate_does_not_stay_beside_it(
+    certified, folder, api, tmp_path, finished
+) -> None:
+    """The same SAE, certified anew with another alpha."""
+    config = certified.certificate.manifest["config"] | {"alpha": 0.7, "progress": False}
+    second = certify(
+        hooked_transformer(),
+        certified.sae,
+        calibration=make_tokens(40, seed=1),
+        evaluation=make_tokens(50, seed=2),
+        config=CertifyConfig(**config),
+        output=tmp_path / "second",
+    )
+    attach(certified.run, folder, evidence=True)
+    attach(certified.run, folder)  # its own evidence may stay
+    if not finished:
+        (folder / "certificate" / "certificate.json").unlink()
+    before = contents(folder)
+    with pytest.raises(CertifyError, match=r"of another certificate; .*evidence=True"):
+        attach(second, folder)
+    assert contents(folder) == before
+    shutil.copy(tmp_path / "second" / "certificate.json", folder)
+    with pytest.raises(CertifyError, match="of another certificate"):
+        upload_saes_to_huggingface({"layer_1": folder}, "someone/saes", show_progress=False)
+    assert not api.files
+    attach(tmp_path / "second" / "certificate.json", folder, evidence=True)
+    assert verify(folder / "certificate").certificate.config.alpha == 0.7
+    assert read_certificate(folder)["eval_config"]["alpha"] == 0.7
+
+
 def test_a_copy_that_fails_leaves_what_was_attached(certified, folder, monkeypatch) -> None:
     attach(certified.run, folder, evidence=True)
     before = contents(folder)
