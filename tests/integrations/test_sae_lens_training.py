@@ -310,6 +310,23 @@ def test_a_trainer_is_given_back_when_its_run_fails() -> None:
     assert "run_trainer_with_interruption_handling" not in vars(run)
 
 
+def test_a_run_is_followed_once_at_a_time() -> None:
+    certifying, another = evaluator(), evaluator()
+    trainer = _trainer(training_sae("topk"), _batches())
+    for target, name in ((runner(), "LanguageModelSAETrainingRunner"), (trainer, "SAETrainer")):
+        for _ in range(2):  # one after the other is no fault
+            with (
+                certifying.following(target, every=4),
+                pytest.raises(CertifyError, match=f"follows that {name} already"),
+                certifying.following(target, every=2),
+            ):
+                pass
+    with certifying.following(trainer, every=4), another.following(trainer, every=2):
+        trainer.fit()
+    assert [record.step for record in certifying.history] == [0, 4, 6]
+    assert [record.step for record in another.history] == [0, 2, 4, 6]
+
+
 def test_the_sae_in_training_is_left_alone() -> None:
     sae = training_sae("batchtopk", normalize_activations="expected_average_only_in")
     trainer = _trainer(sae, _batches())

@@ -95,6 +95,7 @@ class CertifyingEvaluator:
         check_disjoint(self.calibration, self.evaluation)
         self.history = History(log)
         self.certificate: Certificate | None = None
+        self._followed: list[Any] = []
 
     def __call__(self, sae: Any, data_provider: Any, activation_scaler: Any) -> dict[str, Any]:
         """Evaluate as SAELens does: the inner evaluator first, then the certificate.
@@ -190,7 +191,8 @@ class CertifyingEvaluator:
             The history, which grows while the run goes on.
 
         Raises:
-            CertifyError: If ``every`` is not a positive number, or target is none of the four.
+            CertifyError: If ``every`` is not a positive number, target is none of the four, or is being
+                followed already.
         """
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise CertifyError(f"every must be an integer of at least 1, got {every!r}")
@@ -205,8 +207,23 @@ class CertifyingEvaluator:
             with self._following_trainer(trainer, every):
                 return run(trainer, *args, **kwargs)
 
-        with replaced(target, seam, run_followed):
+        with self._once(target), replaced(target, seam, run_followed):
             yield self.history
+
+    @contextmanager
+    def _once(self, target: Any) -> Iterator[None]:
+        """Note what is being followed: one history must not have a step twice."""
+        if any(item is target for item in self._followed):
+            raise CertifyError(
+                f"this CertifyingEvaluator follows that {type(target).__name__} already, and would put "
+                "its steps into one history twice; leave out one of the two with-blocks, or use another "
+                "CertifyingEvaluator for it"
+            )
+        self._followed.append(target)
+        try:
+            yield
+        finally:
+            self._followed = [item for item in self._followed if item is not target]
 
     @contextmanager
     def _following_trainer(self, target: Any, every: int) -> Iterator[None]:
@@ -248,7 +265,7 @@ class CertifyingEvaluator:
                 now(done)
             return output
 
-        with replaced(trainer, "step", watched):
+        with self._once(trainer), replaced(trainer, "step", watched):
             yield
         # By now the trainer has folded its scaler, which changes the SAE by rounding at most.
         if trainer.n_training_steps:
