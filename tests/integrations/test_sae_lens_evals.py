@@ -150,6 +150,11 @@ def test_what_is_no_store_is_refused_before_anything_is_measured(
     assert not measured
 
 
+def test_what_is_no_model_is_named() -> None:
+    with pytest.raises(CertifyError, match="int has no .*; pass a HookedTransformer"):
+        run_evals(world.trained_sae(), world.store(), 3, ActivationScaler())
+
+
 @pytest.mark.parametrize("given", [{"coding": "native"}, {}])
 @pytest.mark.parametrize("on_refusal", ["raise", "record"])
 def test_settings_that_are_no_config(given: Any, on_refusal: Any) -> None:

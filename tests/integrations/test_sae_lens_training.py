@@ -397,6 +397,8 @@ def test_wrong_input_is_found_before_training() -> None:
         evaluator(evaluation=world.store())
     with pytest.raises(CertifyError, match="give model="):
         evaluator(model=None)
+    with pytest.raises(CertifyError, match="int has no .*; pass a HookedTransformer"):
+        evaluator(model=3)
     for config in ({"alpha": 0.4}, {}):
         with pytest.raises(CertifyError, match="config must be a CertifyConfig, got dict"):
             evaluator(config=config)

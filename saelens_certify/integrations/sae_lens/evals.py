@@ -18,6 +18,7 @@ from saelens_certify.certificate import EVAL_TYPE, Certificate
 from saelens_certify.certification import certify
 from saelens_certify.config import CertifyConfig
 from saelens_certify.errors import CertifyError
+from saelens_certify.forward.seams import seams_of
 from saelens_certify.integrations.sae_lens.activations_store import (
     N_CALIBRATION,
     N_EVALUATION,
@@ -101,6 +102,7 @@ def run_evals(
     if certify_config is None:
         config = dataclasses.replace(CertifyConfig(), progress=bool(verbose))
     try:
+        seams_of(model)  # refuses what is no TransformerLens model
         if model_kwargs:
             raise CertifyError(
                 f"model_kwargs = {dict(model_kwargs)!r} change the model's forward pass, and a "

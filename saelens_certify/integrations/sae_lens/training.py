@@ -17,6 +17,7 @@ from saelens_certify.certification import certify, sequences_for
 from saelens_certify.config import CertifyConfig
 from saelens_certify.data import Sequences, check_disjoint
 from saelens_certify.errors import CertifyError
+from saelens_certify.forward.seams import seams_of
 from saelens_certify.integrations.sae_lens.activations_store import is_store
 from saelens_certify.integrations.sae_lens.evals import GROUP, OnRefusal
 from saelens_certify.integrations.sae_lens.history import History, Record
@@ -77,6 +78,7 @@ class CertifyingEvaluator:
         model = getattr(inner, "model", None) if model is None else model
         if model is None:
             raise CertifyError("give model=, or inner= with a model (runner.evaluator has one)")
+        seams_of(model)  # refuses what is no model
         for name, data in (("calibration", calibration), ("evaluation", evaluation)):
             if is_store(data):
                 raise CertifyError(
