@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +41,9 @@ from saelens_certify.saes import adapt
 from saelens_certify.saes.loading import load_sae
 
 Hook = tuple[str, Callable[..., None]]
+
+# What the current request is of each monitor. A context, not a thread: tasks of asyncio share a thread.
+_SCOPES: ContextVar[dict[int, Scope]] = ContextVar("saelens_certify.monitor.scopes", default={})  # noqa: B039 - never changed in place
 
 _LOGGER = logging.getLogger("saelens_certify.monitor")
 
@@ -215,7 +219,7 @@ class Monitor:
         *,
         continuation: bool = False,
     ) -> Iterator[None]:
-        """Say what the forwards of this thread belong to, for the length of a block.
+        """Say what the forwards of this thread or asyncio task belong to, for the length of a block.
 
         The first forward of the block is the request, later ones continue it (generation): they
         are counted, not tested. Without a block every forward of more than one position is a
@@ -231,12 +235,12 @@ class Monitor:
             CertifyError: If a shape is not [batch, pos], or the two differ.
         """
         scope = Scope.of(tokens, attention_mask, continuation)
-        outer = self._local.__dict__.get("scope")
-        self._local.scope = scope
+        outer = _SCOPES.get()
+        _SCOPES.set({**outer, id(self): scope})
         try:
             yield
         finally:
-            self._local.scope = outer
+            _SCOPES.set(outer)
             self._local.__dict__.pop("pending", None)
 
     def report(self) -> Report:
@@ -318,7 +322,7 @@ class Monitor:
         """Take what is needed of a forward at the input hook; return whether there is anything."""
         self._local.__dict__.pop("pending", None)  # of a forward that did not reach the output hook
         shape = n, n_positions = int(activation.shape[0]), int(activation.shape[1])
-        given: Scope | None = self._local.__dict__.get("scope")
+        given = _SCOPES.get().get(id(self))
         # Outside of any request, a forward of one position is a step of generation with a cache.
         first = given.forwards == 0 if given else n_positions > 1
         if given:

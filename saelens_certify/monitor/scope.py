@@ -1,4 +1,4 @@
-"""What a thread's forwards belong to: one request, its token ids and its padding."""
+"""What the forwards of a thread or task belong to: one request, its token ids and its padding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from saelens_certify.errors import CertifyError
 
 @dataclass
 class Scope:
-    """What the user said about the request that a thread is serving.
+    """What the user said about the request that is being served.
 
     Attributes:
         tokens: Token ids of its first forward, where known.

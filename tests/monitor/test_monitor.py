@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 
@@ -196,6 +197,27 @@ def test_saes_with_state_encode_one_at_a_time(kind, at_a_time) -> None:
             thread.join()
     assert mon.report().totals.errors == 0
     assert max(most) == at_a_time
+
+
+def test_tasks_of_one_thread_have_requests_of_their_own() -> None:
+    """Each waits inside its request while the other's begins, runs and ends."""
+    model, mon = monitor()
+
+    async def serve(tokens) -> None:
+        with mon.request(tokens):
+            for _ in range(3):  # one request and two continuations
+                await asyncio.sleep(0)
+                model(tokens)
+
+    async def both() -> None:
+        await asyncio.gather(serve(EVALUATION[:2]), serve(EVALUATION[:3]))
+
+    with mon.attached(model):
+        asyncio.run(both())
+        model(EVALUATION[:4])
+    totals = mon.report().totals
+    assert (totals.requests, totals.continuations, totals.errors) == (3, 4, 0)
+    assert totals.tested.sequences == 2 + 3 + 4
 
 
 @pytest.mark.parametrize("model_class", ["HookedTransformer", "TransformerBridge"])
