@@ -66,6 +66,7 @@ class _Pending:
     request: Request
     selection: Selection | None = None  # None: no sequence of it is measured
     x: Tensor = field(default_factory=lambda: torch.empty(0))
+    unread: bool = False  # special tokens inside it were not left out, as nobody gave the tokens
 
 
 class Monitor:
@@ -350,7 +351,8 @@ class Monitor:
             self._local.pending = _Pending(request)
             return True
         selection = self._observer.select(rows, n_positions, scope.tokens, scope.mask)
-        self._local.pending = _Pending(request, selection, selection.take(activation))
+        unread = scope.tokens is None and self._observer.needs_tokens
+        self._local.pending = _Pending(request, selection, selection.take(activation), unread)
         return True
 
     def _finish(self, activation: Tensor) -> None:
@@ -368,8 +370,10 @@ class Monitor:
             columns = self._measure(pending.selection, pending.x, activation)
             complete = pending.selection.complete
             values = columns.values[complete]
+            tested = Sums.of(columns, complete)
+            unread = tested.sequences if pending.unread else 0
             request = dataclasses.replace(
-                request, tested=Sums.of(columns, complete), short=Sums.of(columns, ~complete)
+                request, tested=tested, short=Sums.of(columns, ~complete), unread=unread
             )
         with self._lock:
             before = self._state.test.alarms

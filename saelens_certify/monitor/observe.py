@@ -124,6 +124,11 @@ class Observer:
             impl=config.impl,
         )
 
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether special tokens inside a sequence are left out, which only token ids tell."""
+        return self.positions == "no_bos" and bool(self.special_ids)
+
     def select(
         self,
         rows: NDArray[np.intp],
@@ -151,7 +156,7 @@ class Observer:
         coded = real.clone()
         if self.positions == "no_bos":
             coded[:, 0] = False
-            if tokens is not None and self.special_ids:
+            if tokens is not None and self.needs_tokens:
                 special = torch.isin(tokens[index], torch.tensor(self.special_ids))
                 coded &= ~special.gather(1, places)
         complete = (real.sum(dim=1) == self.seq_len) & coded.any(dim=1)

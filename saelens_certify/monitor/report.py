@@ -81,6 +81,7 @@ class Report:
             "continuations": totals.continuations,
             "continued_tokens": totals.continued_tokens,
             "without_bos": totals.without_bos,
+            "unread": totals.unread,
             "errors": totals.errors,
         }
         for name, sums in (("", totals.tested), ("recent_", self.recent), ("short_", totals.short)):
@@ -184,6 +185,9 @@ class Report:
                 totals.tested.broken + short.broken
             ),
             f"{totals.without_bos:,} sequences do not begin as the certified ones": totals.without_bos,
+            f"{totals.unread:,} tested sequences came without their tokens: special ones inside them were "
+            "coded, unlike in certification, and the false-alarm probability is about streams "
+            "without such; give monitor.request(tokens)": totals.unread,
             f"{totals.errors:,} observations failed, the last with "
             f"{self.state.errors[-1] if self.state.errors else ''}": totals.errors,
         }

@@ -95,6 +95,8 @@ class Request:
         tested: Sums over the measured sequences of at least L tokens.
         short: Sums over the measured sequences of fewer: not tested.
         without_bos: Sequences that do not begin as the certified ones; None where tokens are unknown.
+        unread: Tested sequences whose special tokens inside were not left out, as certified, because
+            the request came without its tokens.
         log_e: Logarithm of the combined e-value after it.
     """
 
@@ -105,6 +107,7 @@ class Request:
     tested: Sums = field(default_factory=Sums)
     short: Sums = field(default_factory=Sums)
     without_bos: int | None = None
+    unread: int = 0
     log_e: float = 0.0
 
 
@@ -120,6 +123,7 @@ class Totals:
         continuations: Forwards that continue a request, as in generation with a cache.
         continued_tokens: Their tokens.
         without_bos: Sequences known not to begin as the certified ones.
+        unread: Tested sequences in which special tokens may have been coded, unlike in certification.
         errors: Observations that failed.
         tested: Sums over tested sequences.
         short: Sums over measured sequences of fewer than L tokens.
@@ -132,6 +136,7 @@ class Totals:
     continuations: int = 0
     continued_tokens: int = 0
     without_bos: int = 0
+    unread: int = 0
     errors: int = 0
     tested: Sums = field(default_factory=Sums)
     short: Sums = field(default_factory=Sums)
@@ -145,6 +150,7 @@ class Totals:
             tokens=self.tokens + request.tokens,
             late_tokens=self.late_tokens + request.late_tokens,
             without_bos=self.without_bos + (request.without_bos or 0),
+            unread=self.unread + request.unread,
             tested=self.tested + request.tested,
             short=self.short + request.short,
         )

@@ -84,6 +84,25 @@ def test_padding_is_left_out(positions, side) -> None:
     )
 
 
+def test_sequences_of_unknown_special_tokens_are_counted() -> None:
+    """What was certified leaves special tokens out; without token ids that cannot be done."""
+    certificate = certified("topk", positions="no_bos")
+    model, mon = monitor(certificate=certificate)
+    with mon.attached(model):
+        with mon.request(EVALUATION[:3]):
+            model(EVALUATION[:3])
+        assert mon.report().totals.unread == 0
+        assert "without their tokens" not in str(mon.report())
+        model(EVALUATION[:5])
+        model(EVALUATION[:2, :-1])  # too short to be tested
+    assert mon.report().totals.unread == mon.report().to_dict()["unread"] == 5
+    assert "5 tested sequences came without their tokens" in str(mon.report())
+    model, mon = monitor()  # every position is coded, special or not
+    with mon.attached(model):
+        model(EVALUATION[:5])
+    assert mon.report().totals.unread == 0
+
+
 def test_special_tokens_are_left_out_where_ids_are_given() -> None:
     certificate = certified("topk", positions="no_bos")
     model, mon = monitor(certificate=certificate)
