@@ -21,8 +21,8 @@ from saelens_certify.saes.fused import FusedAdapter
 COST = 0.05
 """Share of a forward's time that the monitor may cost by default."""
 
-# Multiplications in an encoder's product run at least half as fast as the model's on every machine
-# measured so far; decoding, statistics and the hook itself are small beside it.
+# Room for an encoder's product that runs at half the model's speed, and for what is not counted:
+# decoding, statistics and the hook itself. `benchmarks.monitor_cost` measures what comes of it.
 _MARGIN = 0.5
 
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
