@@ -136,23 +136,45 @@ def upload_saes_to_huggingface(
         _update_card(api, certificates, hf_repo_id, hf_revision)
 
 
-def update_readme(path: str | Path, certificates: Mapping[str, Mapping[str, Any]]) -> Path:
+def update_readme(
+    path: str | Path, certificates: Mapping[str, Mapping[str, Any] | Certificate]
+) -> Path:
     """Write certificates into a local README.md; see `insert_section`.
 
     Args:
-        path: The file; made if missing.
-        certificates: The values of each ``certificate.json``, by the SAE's id in the repository.
+        path: The file, in UTF-8; made if missing, with its folder.
+        certificates: Each certificate, or the values of its ``certificate.json``, by the SAE's id in
+            the repository.
 
     Returns:
         The path.
+
+    Raises:
+        CertifyError: If the path is a folder, or the file is not UTF-8 or has damaged markers.
     """
     path = Path(path)
-    card = path.read_text(encoding="utf-8") if path.exists() else ""
-    write_atomically(path, _with_sections(card, certificates).encode())
+    if path.is_dir():
+        raise CertifyError(f"{str(path)!r} is a folder; give the file, e.g. {str(path / README)!r}")
+    card = _with_sections(_read_card(path) if path.exists() else "", certificates)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CertifyError(f"the folder of {str(path)!r} cannot be made: {error}") from None
+    write_atomically(path, card.encode())
     return path
 
 
-def _with_sections(card: str, certificates: Mapping[str, Mapping[str, Any]]) -> str:
+def _read_card(path: Path) -> str:
+    """Read a model card with its line ends."""
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise CertifyError(
+            f"{str(path)!r} is not UTF-8 ({error}); save it as UTF-8 first, as the hub asks for"
+        ) from None
+
+
+def _with_sections(card: str, certificates: Mapping[str, Mapping[str, Any] | Certificate]) -> str:
     for sae_id, values in certificates.items():
         card = insert_section(card, model_card_section(values, sae_id=sae_id), sae_id)
     return card
@@ -165,7 +187,7 @@ def _update_card(
 
     try:
         file = api.hf_hub_download(repo_id, README, revision=revision, force_download=True)
-        card = Path(file).read_text(encoding="utf-8")
+        card = _read_card(Path(file))
     except EntryNotFoundError:
         card = "---\nlibrary_name: saelens\n---\n"
     updated = _with_sections(card, certificates)

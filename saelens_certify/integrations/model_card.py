@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from saelens_certify.certificate import EVAL_TYPE, percent
+from saelens_certify.certificate import EVAL_TYPE, Certificate, percent
 from saelens_certify.errors import CertifyError
 from saelens_certify.integrations.sae_bench import check_certificate
 from saelens_certify.report.terms import BOUNDS, bound_label, control_label
@@ -15,11 +15,13 @@ from saelens_certify.report.terms import BOUNDS, bound_label, control_label
 _BEGIN, _END = "<!-- saelens_certify: begin{} -->", "<!-- saelens_certify: end{} -->"
 
 
-def model_card_section(certificate: Mapping[str, Any], *, sae_id: str | None = None) -> str:
+def model_card_section(
+    certificate: Mapping[str, Any] | Certificate, *, sae_id: str | None = None
+) -> str:
     """Write what a certificate says as a section of a model card.
 
     Args:
-        certificate: The values of a ``certificate.json``.
+        certificate: The values of a ``certificate.json``, or a certificate.
         sae_id: Name of the SAE in the repository; by default the one in the certificate.
 
     Returns:
@@ -28,6 +30,8 @@ def model_card_section(certificate: Mapping[str, Any], *, sae_id: str | None = N
     Raises:
         EvidenceError: If the values are no certificate.
     """
+    if isinstance(certificate, Certificate):
+        certificate = certificate.to_json({})
     check_certificate(certificate)
     metrics = certificate["eval_result_metrics"][EVAL_TYPE]
     said = certificate["eval_result_unstructured"]
@@ -49,7 +53,8 @@ def insert_section(card: str, section: str, name: str = "") -> str:
     """Put a section into a model card; one that was put there before under the same name is replaced.
 
     Args:
-        card: The model card; its YAML front matter and everything else stay as they are.
+        card: The model card; its YAML front matter and everything else stay as they are. The section
+            gets the line ends that most of its lines have.
         section: Markdown.
         name: Tells the sections of several SAEs apart.
 
@@ -63,11 +68,12 @@ def insert_section(card: str, section: str, name: str = "") -> str:
     if "-->" in name or "\n" in name:
         raise CertifyError(f"{name!r} cannot stand in an HTML comment; choose a name without '-->'")
     begin, end = _BEGIN.format(label), _END.format(label)
-    block = f"{begin}\n{section.strip()}\n{end}"
+    line_end = "\r\n" if 2 * card.count("\r\n") > card.count("\n") else "\n"
+    block = f"{begin}\n{section.strip()}\n{end}".replace("\n", line_end)
     found = (card.count(begin), card.count(end))
     if found == (0, 0):
-        head = card.rstrip("\n")
-        return f"{head}\n\n{block}\n" if head else f"{block}\n"
+        head = card.rstrip("\r\n")
+        return (f"{head}{line_end}{line_end}" if head else "") + block + line_end
     if found != (1, 1) or card.index(begin) > card.index(end):
         raise CertifyError(
             f"the model card has the marker {begin!r} {found[0]} times and {end!r} {found[1]} times; "

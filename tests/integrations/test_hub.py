@@ -343,6 +343,36 @@ def test_damaged_markers_are_reported(damage) -> None:
         insert_section(card, "text")
 
 
+def test_line_ends_of_a_readme_stay(certified, tmp_path) -> None:
+    values = {"layer_1": json.loads((certified.run / "certificate.json").read_text())}
+    path, card = tmp_path / "README.md", CARD.replace("\n", "\r\n").encode()
+    path.write_bytes(card)
+    update_readme(path, values)
+    written = path.read_bytes()
+    assert written.startswith(card)
+    assert written.count(b"\r\n") == written.count(b"\n")
+    mixed = written + b"One line\nof another system.\n"
+    path.write_bytes(mixed)
+    update_readme(path, values)
+    assert path.read_bytes() == mixed
+
+
+def test_readmes_that_cannot_be_written_are_named(certified, tmp_path) -> None:
+    values = {"layer_1": certified.certificate}
+    (tmp_path / "latin.md").write_bytes("Café\n".encode("latin-1"))
+    with pytest.raises(CertifyError, match=r"latin\.md' is not UTF-8"):
+        update_readme(tmp_path / "latin.md", values)
+    with pytest.raises(CertifyError, match=r"is a folder; give the file, e\.g\. .*README\.md"):
+        update_readme(tmp_path, values)
+    with pytest.raises(CertifyError, match="cannot be made"):
+        update_readme(tmp_path / "latin.md" / "sub" / "README.md", values)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latin.md"]
+    made = update_readme(tmp_path / "new" / "folder" / "README.md", values)
+    from_file = {"layer_1": read_certificate(certified.run)}
+    assert made.read_text() == update_readme(tmp_path / "other.md", from_file).read_text()
+    assert certified.certificate.verdict() in made.read_text()
+
+
 def test_local_readme(certified, folder, tmp_path) -> None:
     attach(certified.run, folder)
     (tmp_path / "README.md").write_text(CARD)
