@@ -12,15 +12,22 @@ from typing import Any
 import pytest
 import sae_lens
 import sae_lens.evals
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens.evals import EvalConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from integrations import sae_lens_world as world
-from saelens_certify import CertifyConfig, CertifyError
+from saelens_certify import CertifyConfig, CertifyError, verify
 from saelens_certify.config_help import setting_descriptions
-from saelens_certify.integrations.sae_lens import register, registration, run_evals, unregister
+from saelens_certify.integrations.sae_lens import (
+    evals,
+    register,
+    registration,
+    run_evals,
+    unregister,
+)
 from saelens_certify.integrations.sae_lens.cli import main
 from saelens_certify.integrations.sae_lens.registration import check_sae_lens
 
@@ -229,6 +236,96 @@ def test_unknown_settings_are_refused() -> None:
     assert _in_place()
 
 
+def _counted(monkeypatch: Any) -> list[Any]:
+    """The folders of the certificates that are issued from now on."""
+    folders: list[Any] = []
+    certify = evals.certify
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        folders.append(kwargs["output"])
+        return certify(*args, **kwargs)
+
+    monkeypatch.setattr(evals, "certify", counted)
+    return folders
+
+
+def test_a_refusal_is_recorded_unless_asked_otherwise() -> None:
+    arguments = (world.store(), world.model(), ActivationScaler(), EvalConfig())
+    bad = world.trained_sae(normalize_activations="expected_average_only_in")
+    with register(**SETTINGS):
+        with pytest.warns(UserWarning, match="no certificate"):
+            metrics = sae_lens.run_evals(bad, *arguments)[0]
+        assert list(metrics[GROUP]) == ["refused"]
+    with register(**SETTINGS, on_refusal="raise"), pytest.raises(CertifyError, match="expected_av"):
+        sae_lens.run_evals(bad, *arguments)
+
+
+def test_output_is_a_root_with_a_folder_for_each_sae(tmp_path: Path) -> None:
+    saes = [world.trained_sae(), world.trained_sae("jumprelu"), world.trained_sae()]
+    with torch.no_grad():
+        saes[2].W_dec.mul_(0.9)
+    with register(**SETTINGS, output=tmp_path / "runs", on_refusal="raise"):
+        found = [
+            sae_lens.run_evals(sae, world.store(), world.model(), ActivationScaler(), EvalConfig())
+            for sae in saes
+        ]
+    folders = list((tmp_path / "runs").iterdir())
+    assert len(folders) == 3
+    bounds = {verify(folder).certificate.to_metrics()[GROUP]["u_sae"] for folder in folders}
+    assert bounds == {metrics[GROUP]["u_sae"] for metrics, _ in found}
+    # A call that names its folder gets that folder.
+    with register(**SETTINGS, output=tmp_path / "runs"):
+        _evaluate(output=tmp_path / "mine")
+    assert verify(tmp_path / "mine").n_sequences == 20
+    with pytest.raises(CertifyError, match="is a file"):
+        register(output=folders[0] / "manifest.json")
+    assert _in_place()
+
+
+def test_what_is_certified_already_is_not_certified_again(monkeypatch: Any) -> None:
+    """And what differs in anything that a certificate is about is."""
+    issued = _counted(monkeypatch)
+    sae, model = world.trained_sae(), world.model()
+
+    def group(n: int, dataset: Any = None, **extra: Any) -> dict[str, Any]:
+        store = world.store(dataset, sae, context_size=extra.pop("context_size", 16))
+        arguments = (sae, store, model, ActivationScaler(), EvalConfig())
+        found = sae_lens.run_evals(*arguments, **extra)[0][GROUP]
+        assert len(issued) == n
+        return found
+
+    with register(**SETTINGS, on_refusal="raise"):
+        first = group(1)
+        assert group(1, context_size=20) == first
+        group(1)["eta"] = 5  # what is handed out is the caller's
+        assert group(1) == first
+        group(2, world.text_dataset(seed=3))
+        assert group(2) == first
+        config = dataclasses.replace(SETTINGS["certify_config"], permutations=1)
+        assert group(3, certify_config=config)["u_sae"] == first["u_sae"]
+        faster = dataclasses.replace(SETTINGS["certify_config"], batch_tokens=64)
+        assert group(3, certify_config=faster) == first
+        sae.cfg.k, sae.activation_fn.k = 7, 7
+        assert group(4) != first
+        sae.cfg.k, sae.activation_fn.k = 8, 8
+        bias = model.blocks[0].mlp.b_out
+        old = bias.detach().clone()
+        with torch.no_grad():
+            bias.add_(0.5)
+            try:
+                assert group(5) != first
+            finally:
+                bias.copy_(old)
+        model.add_perma_hook("blocks.0.hook_resid_pre", lambda x, **_: x * 0)
+        try:
+            with pytest.raises(CertifyError, match="a hook is attached"):
+                group(5)
+        finally:
+            model.reset_hooks(including_permanent=True)
+    with register(**SETTINGS):
+        group(6)  # another registration knows nothing of it
+
+
 # SAELens's `multiple_evals` and its command, with releases of our own.
 
 
@@ -309,6 +406,31 @@ def test_the_command_writes_the_group_to_the_files_of_sae_lens(
     header = (tmp_path / "all_eval_results.csv").read_text().splitlines()[0]
     assert f"metrics.{GROUP}.u_sae" in header.split(",")
     assert sae_lens.evals.SAE is sae_lens.SAE
+
+
+@pytest.mark.filterwarnings("ignore:no certificate:UserWarning")
+def test_every_sae_and_context_length_of_multiple_evals(
+    releases: dict[str, Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    issued = _counted(monkeypatch)
+    releases["three"] = world.trained_sae("jumprelu")
+    releases["three"].cfg.metadata.model_name = "words-model"
+    root = tmp_path / "certificates"
+    given = _arguments("one|two|three", tmp_path / "results")
+    place = given.index("--ctx_lens")
+    given[place : place + 2] = ["--ctx_lens", "16", "20"]
+    assert main([*given, "--certificates_dir", str(root)]) == 0
+    records = json.loads((tmp_path / "results" / "all_eval_results.json").read_text())
+    groups = {(r["sae_id"], r["eval_cfg"]["context_size"]): r["metrics"][GROUP] for r in records}
+    assert len(groups) == 6
+    for name in releases:
+        assert groups[name, 16] == groups[name, 20]
+    assert "refused" in groups["two", 16]
+    assert groups["one", 16]["u_sae"] != groups["three", 16]["u_sae"]
+    folders = sorted(root.iterdir())
+    assert [verify(folder).n_sequences for folder in folders] == [20, 20]
+    # The refused one is tried again with each context.
+    assert len(issued) - len({*issued}) == 1
 
 
 @pytest.mark.usefixtures("releases")

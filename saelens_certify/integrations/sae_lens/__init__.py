@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         resolve_stores,
         sequences_of_store,
     )
+    from saelens_certify.integrations.sae_lens.certificates import Certificates
     from saelens_certify.integrations.sae_lens.evals import run_evals
     from saelens_certify.integrations.sae_lens.history import History, Record
     from saelens_certify.integrations.sae_lens.inference import inference_form
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from saelens_certify.integrations.sae_lens.training import CertifyingEvaluator
 
 __all__ = [
+    "Certificates",
     "CertifyingEvaluator",
     "History",
     "Record",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Certificates": "certificates",
     "CertifyingEvaluator": "training",
     "History": "history",
     "Record": "history",

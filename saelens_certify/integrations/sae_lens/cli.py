@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             n_calibration_sequences=ours.n_calibration_sequences,
             n_evaluation_sequences=ours.n_evaluation_sequences,
             one_document_per_row=ours.one_document_per_row,
+            output=ours.certificates_dir,
             on_refusal="raise" if ours.stop_on_refusal else "record",
         )
         with registration, mended(options):
@@ -122,6 +123,10 @@ def _parser() -> argparse.ArgumentParser:
         "--one_document_per_row",
         action="store_true",
         help="assert that each row of a pre-tokenised dataset is one document",
+    )
+    group.add_argument(
+        "--certificates_dir",
+        help="folder for manifests and evidence, one folder in it for each SAE and set of documents",
     )
     group.add_argument(
         "--stop_on_refusal",

@@ -15,7 +15,7 @@ import sae_lens.evals
 from sae_lens.evals import EvalConfig
 
 from saelens_certify.certificate import EVAL_TYPE, Certificate
-from saelens_certify.certification import certify
+from saelens_certify.certification import certify, sequences_for
 from saelens_certify.config import CertifyConfig
 from saelens_certify.errors import CertifyError
 from saelens_certify.forward.seams import seams_of
@@ -26,8 +26,10 @@ from saelens_certify.integrations.sae_lens.activations_store import (
     is_store,
     resolve_stores,
 )
+from saelens_certify.integrations.sae_lens.certificates import Certificates
 from saelens_certify.integrations.sae_lens.inference import inference_form
 from saelens_certify.integrations.sae_lens.state import preserved_rng
+from saelens_certify.preflight import check_bare
 
 OnRefusal = Literal["raise", "record"]
 RunEvals = Callable[..., tuple[dict[str, Any], dict[str, Any]]]
@@ -54,7 +56,7 @@ def run_evals(
     n_calibration_sequences: int = N_CALIBRATION,
     n_evaluation_sequences: int = N_EVALUATION,
     one_document_per_row: bool = False,
-    output: str | Path | None = None,
+    output: str | Path | Certificates | None = None,
     on_refusal: OnRefusal = "raise",
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """``sae_lens.run_evals`` with the group ``faithfulness_certificate`` in addition.
@@ -80,7 +82,8 @@ def run_evals(
         n_calibration_sequences: Sequences to draw from the store.
         n_evaluation_sequences: Sequences to draw from the store.
         one_document_per_row: Assert that each row of a pre-tokenised dataset is one document.
-        output: Folder for the certificate's manifest and evidence; a killed run resumes there.
+        output: Folder for the certificate's manifest and evidence; a killed run resumes there. Of
+            several SAEs each needs its own: `Certificates` gives them one.
         on_refusal: What to do if no certificate can be issued: ``"raise"``, or ``"record"`` the reason as
             ``{"refused": reason}`` with a warning and go on with SAELens's metrics.
 
@@ -122,15 +125,34 @@ def run_evals(
                 )
             else:
                 calibration, evaluation = resolve_stores(model, calibration, evaluation, config)
-            certificate: Certificate = certify(
-                model,
-                inference_form(sae, activation_scaler),
-                calibration=calibration,
-                evaluation=evaluation,
-                config=config,
-                output=output,
-            )
-            group: dict[str, Any] = certificate.to_metrics()[GROUP]
+            form = inference_form(sae, activation_scaler)
+
+            def issue(
+                calibration: Any, evaluation: Any, folder: str | Path | None
+            ) -> dict[str, Any]:
+                certificate: Certificate = certify(
+                    model,
+                    form,
+                    calibration=calibration,
+                    evaluation=evaluation,
+                    config=config,
+                    output=folder,
+                )
+                return certificate.to_metrics()[GROUP]
+
+            group: dict[str, Any]
+            if isinstance(output, Certificates):
+                check_bare(model, form)  # what is attached is in no hash
+                group = output.group(
+                    issue,
+                    model=model,
+                    sae=form,
+                    calibration=sequences_for(model, calibration, config),
+                    evaluation=sequences_for(model, evaluation, config),
+                    config=config,
+                )
+            else:
+                group = issue(calibration, evaluation, output)
     except CertifyError as error:
         if on_refusal == "raise":
             raise

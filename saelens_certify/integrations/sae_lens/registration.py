@@ -19,6 +19,7 @@ import sae_lens
 import sae_lens.evals
 
 from saelens_certify.errors import CertifyError
+from saelens_certify.integrations.sae_lens.certificates import Certificates
 from saelens_certify.integrations.sae_lens.evals import EXTRA_SETTINGS, is_plain, run_evals
 
 _PATCHED: tuple[tuple[ModuleType, str], ...] = (
@@ -115,9 +116,14 @@ def register(**settings: Any) -> Registration:
     ends only itself. Modules that imported ``run_evals`` by name before keep SAELens's function;
     training runs have `CertifyingEvaluator`.
 
+    A call that names one of these settings itself has it its own way. Equal certificates (an SAE evaluated
+    with another context length) are issued once.
+
     Args:
-        **settings: Extra arguments of `run_evals`: ``certify_config``, ``n_evaluation_sequences``,
-            ``on_refusal`` and so on.
+        **settings: Extra arguments of `run_evals`: ``certify_config``, ``n_evaluation_sequences`` and so
+            on. Two of them are made for many SAEs: ``output`` is a folder in which each SAE, on each
+            set of documents, has a folder of its own (`Certificates`); ``on_refusal`` is ``"record"``
+            unless it is given, so that an SAE that cannot be certified does not stop the others.
 
     Returns:
         A registration, to be closed or used in a with-statement.
@@ -129,11 +135,14 @@ def register(**settings: Any) -> Registration:
     unknown = sorted(set(settings) - EXTRA_SETTINGS)
     if unknown:
         raise CertifyError(f"register has no settings {unknown}; it has {sorted(EXTRA_SETTINGS)}")
+    made = {"on_refusal": "record", **settings}
+    if not isinstance(made.get("output"), Certificates):
+        made["output"] = Certificates(made.get("output"))
     with _lock:
         if not _installed:
             check_sae_lens()
             _install()
-        registration = Registration(dict(settings))
+        registration = Registration(made)
         _registrations.append(registration)
         return registration
 
