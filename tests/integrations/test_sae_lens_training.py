@@ -415,6 +415,30 @@ def test_wrong_input_is_found_before_training() -> None:
         pass
 
 
+def test_runs_in_one_log_are_told_apart(tmp_path: Path) -> None:
+    path, sae = tmp_path / "run.jsonl", training_sae("topk")
+    for name in ("first", "second"):
+        evaluator(log=path).certify(sae, step=5, name=name)
+        evaluator(log=path).certify(sae, step=7, name=name)
+    history = History.load(path)
+    runs = [record.run for record in history]
+    assert len(set(runs)) == 4
+    assert runs[0] is not None
+    assert [step for step, _ in history.series("u_sae", run=runs[0])] == [5]
+    assert [step for step, _ in history.series("u_sae", "second")] == [5, 7]
+    assert list(history.figure().data[0].x) == [7]
+    assert history.figure().layout.title.text.endswith("second")
+    assert list(history.figure(run=runs[0]).data[0].x) == [5]
+    assert history.figure(run=runs[0]).layout.title.text.endswith("first")
+
+
+def test_logs_without_the_name_of_a_run_are_read(tmp_path: Path) -> None:
+    line = '{"step": %d, "samples": 2, "name": "a", "metrics": {"u_sae": 3.0}}\n'
+    (tmp_path / "run.jsonl").write_text(line % 1 + line % 2)
+    history = History.load(tmp_path / "run.jsonl")
+    assert list(history.figure().data[0].x) == [1, 2]
+
+
 def test_a_damaged_log_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.jsonl").write_text('{"step": 1, "samples": 2, "name": "a"}\n{"step": 2}\n')
     with pytest.raises(CertifyError, match="line 2 is no record"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ class Record:
         metrics: The flat numbers of `Certificate.to_metrics`; empty if there is no certificate.
         refused: Why there is no certificate.
         seconds: What it took.
+        run: The evaluator it is from; tells runs in one file apart.
     """
 
     step: int | None
@@ -32,6 +34,7 @@ class Record:
     metrics: Mapping[str, float] = field(default_factory=dict)
     refused: str | None = None
     seconds: float = 0.0
+    run: str | None = None
 
 
 class History:
@@ -39,11 +42,16 @@ class History:
 
     Args:
         path: A file to append each record to as one line of JSON, at once; None keeps them in memory only.
+
+    Attributes:
+        run: Name for the records made from now on: the time in UTC and some digits of chance.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = None if path is None else Path(path)
         self.records: list[Record] = []
+        # From the system, not from the random generators of the training run.
+        self.run = f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}-{os.urandom(3).hex()}"
         if self.path is not None:
             if self.path.is_dir():
                 raise CertifyError(f"log={str(path)!r} is a folder; give a file, e.g. 'run.jsonl'")
@@ -77,23 +85,27 @@ class History:
             file.flush()
             os.fsync(file.fileno())
 
-    def series(self, key: str, name: str | None = None) -> list[tuple[int | None, float]]:
-        """One number over the steps, e.g. ``series("u_sae")``, of one SAE or of all."""
+    def series(
+        self, key: str, name: str | None = None, run: str | None = None
+    ) -> list[tuple[int | None, float]]:
+        """One number over the steps, e.g. ``series("u_sae")``, of one SAE or of all, one run or all."""
         return [
             (record.step, record.metrics[key])
             for record in self.records
-            if key in record.metrics and name in (None, record.name)
+            if key in record.metrics and name in (None, record.name) and run in (None, record.run)
         ]
 
-    def figure(self, name: str | None = None) -> Any:
+    def figure(self, name: str | None = None, run: str | None = None) -> Any:
         """Bound, gap and baselines over the steps as a plotly figure.
 
         Args:
             name: The SAE to show, in a run of several; the first by default.
+            run: The run to show, of a file with several; the newest by default.
         """
         import plotly.graph_objects as go
 
-        name = name or next((record.name for record in self.records), None)
+        run = run or next((record.run for record in reversed(self.records)), None)
+        name = name or next((r.name for r in self.records if run in (None, r.run)), None)
         shown = {
             "u_sae": ("U_SAE", "#1f5fa8", None),
             "risk_pool": ("proxy risk", "#d1742b", None),
@@ -104,7 +116,7 @@ class History:
         }
         figure = go.Figure()
         for key, (label, colour, dash) in shown.items():
-            points = self.series(key, name)
+            points = self.series(key, name, run)
             steps = [step if step is not None else i for i, (step, _) in enumerate(points)]
             figure.add_scatter(
                 x=steps,

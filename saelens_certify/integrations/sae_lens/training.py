@@ -47,7 +47,8 @@ class CertifyingEvaluator:
         inner: An evaluator to run first, whose metrics are kept.
         config: Settings of the certificates; the default shows no progress bars.
         prefix: Metrics are returned as ``{prefix}/{name}``.
-        log: File to append one line of JSON a certificate to.
+        log: File to append one line of JSON a certificate to; each says by ``run`` which evaluator it
+            is from.
         on_refusal: What to do where no certificate can be issued: ``"record"`` the reason with a warning
             and train on, or ``"raise"``. The same goes for a log that cannot be written (a full disk).
 
@@ -165,7 +166,8 @@ class CertifyingEvaluator:
                 raise
             refused = str(error)
             warnings.warn(f"no certificate at step {step}: {error}", stacklevel=2)
-        record = Record(step, samples, name, metrics, refused, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        record = Record(step, samples, name, metrics, refused, seconds, self.history.run)
         try:
             self.history.add(record)
         except OSError as error:
