@@ -22,7 +22,7 @@ class DataSource:
 
     Attributes:
         kind: "tokens", "text", "dataset", "txt", "txt_folder", "jsonl", "json", "parquet",
-            "npy", "safetensors", "dataset_folder" or "hub".
+            "npy", "safetensors", "dataset_folder", "hub" or "activations_store".
         location: Path or hub name as the caller gave it (with ":config"); None for in-memory data.
         split: Split of a dataset.
         revision: Revision of a hub dataset: the commit that was read where it could be resolved.
