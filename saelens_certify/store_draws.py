@@ -101,12 +101,7 @@ def draw(
     Raises:
         CertifyError: If there are not even one for each, or the store's rows are not documents.
     """
-    for name, value in (
-        ("n_calibration_sequences", n_calibration),
-        ("n_evaluation_sequences", n_evaluation),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CertifyError(f"{name} must be an integer of at least 1, got {value!r}")
+    check_numbers(n_calibration, n_evaluation)
     asked = n_calibration + n_evaluation
     sequences = sequences_of_store(
         store, config, model=model, limit=asked, one_document_per_row=one_document_per_row
@@ -127,6 +122,20 @@ def draw(
         )
     parts = split(sequences, counts=(n_calibration, n_evaluation), seed=config.seed)
     return parts["calibration"], parts["evaluation"]
+
+
+def check_numbers(n_calibration: int, n_evaluation: int) -> None:
+    """Check how many sequences are asked for.
+
+    Raises:
+        CertifyError: If a number is none of at least 1.
+    """
+    for name, value in (
+        ("n_calibration_sequences", n_calibration),
+        ("n_evaluation_sequences", n_evaluation),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise CertifyError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 def certified_sequences(

@@ -236,6 +236,27 @@ def test_unknown_settings_are_refused() -> None:
     assert _in_place()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("on_refusal", "x", "on_refusal must be one of .* got 'x'"),
+        ("certify_config", {}, "certify_config must be a CertifyConfig, got dict"),
+        ("calibration", ["w2 w3"], "together, or neither"),
+        ("n_calibration_sequences", 0, "n_calibration_sequences must be an integer of at least 1"),
+        ("n_evaluation_sequences", "9", "n_evaluation_sequences must be an integer of at least 1"),
+        ("one_document_per_row", "no", "one_document_per_row must be True or False, got 'no'"),
+        ("output", 3, "output must be a folder, got 3"),
+    ],
+)
+def test_wrong_values_are_refused_at_once(name: str, value: Any, message: str) -> None:
+    with pytest.raises(CertifyError, match=message):
+        register(**{name: value})
+    assert _in_place()
+    # And where they are given beside what is registered, which records refusals.
+    with register(**SETTINGS), pytest.raises(CertifyError, match=message):
+        _evaluate(**{name: value})
+
+
 def _counted(monkeypatch: Any) -> list[Any]:
     """The folders of the certificates that are issued from now on."""
     folders: list[Any] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,6 +29,7 @@ from saelens_certify.integrations.sae_lens.certificates import Certificates
 from saelens_certify.integrations.sae_lens.inference import inference_form
 from saelens_certify.integrations.sae_lens.state import preserved_rng
 from saelens_certify.preflight import check_bare
+from saelens_certify.store_draws import check_numbers
 
 OnRefusal = Literal["raise", "record"]
 RunEvals = Callable[..., tuple[dict[str, Any], dict[str, Any]]]
@@ -91,19 +91,26 @@ def run_evals(
         ``(all_metrics, feature_metrics)``, nested as SAELens nests them.
 
     Raises:
-        CertifyError: If no certificate can be issued, naming the thing, the value and the remedy.
+        CertifyError: If no certificate can be issued, naming the thing, the value and the remedy; whatever
+            ``on_refusal`` is, if a setting has a wrong value or there is no store.
     """
-    if on_refusal not in get_args(OnRefusal):
-        raise CertifyError(f"on_refusal must be one of {get_args(OnRefusal)}, got {on_refusal!r}")
+    check_settings(
+        certify_config=certify_config,
+        calibration=calibration,
+        evaluation=evaluation,
+        n_calibration_sequences=n_calibration_sequences,
+        n_evaluation_sequences=n_evaluation_sequences,
+        one_document_per_row=one_document_per_row,
+        output=output,
+        on_refusal=on_refusal,
+    )
     if not is_store(activation_store):
         raise CertifyError(
             f"activation_store must be an ActivationsStore, got {type(activation_store).__name__}: "
             "SAELens's own metrics read it; make one with ActivationsStore.from_sae(model, sae, "
             "dataset=...), or call certify(...) for the certificate alone"
         )
-    config = CertifyConfig.check(certify_config, "certify_config")
-    if certify_config is None:
-        config = dataclasses.replace(CertifyConfig(), progress=bool(verbose))
+    config = CertifyConfig(progress=bool(verbose)) if certify_config is None else certify_config
     try:
         seams_of(model)  # refuses what is no TransformerLens model
         if model_kwargs:
@@ -111,8 +118,6 @@ def run_evals(
                 f"model_kwargs = {dict(model_kwargs)!r} change the model's forward pass, and a "
                 "certificate is about the model as it is; pass none, or run sae_lens.run_evals alone"
             )
-        if (calibration is None) != (evaluation is None):
-            raise CertifyError("give calibration= and evaluation= together, or neither")
         with preserved_rng():
             if calibration is None:
                 calibration, evaluation = draw(
@@ -170,6 +175,36 @@ def run_evals(
             verbose,
         )
     return {**all_metrics, GROUP: group}, feature_metrics
+
+
+def check_settings(
+    *,
+    certify_config: Any = None,
+    calibration: Any = None,
+    evaluation: Any = None,
+    n_calibration_sequences: Any = N_CALIBRATION,
+    n_evaluation_sequences: Any = N_EVALUATION,
+    one_document_per_row: Any = False,
+    output: Any = None,
+    on_refusal: Any = "raise",
+) -> None:
+    """Check the settings that `run_evals` has beyond those of SAELens, before there is an SAE.
+
+    Raises:
+        CertifyError: If one has a value that it cannot have.
+    """
+    if on_refusal not in get_args(OnRefusal):
+        raise CertifyError(f"on_refusal must be one of {get_args(OnRefusal)}, got {on_refusal!r}")
+    CertifyConfig.check(certify_config, "certify_config")
+    if (calibration is None) != (evaluation is None):
+        raise CertifyError("give calibration= and evaluation= together, or neither")
+    check_numbers(n_calibration_sequences, n_evaluation_sequences)
+    if not isinstance(one_document_per_row, bool):
+        raise CertifyError(
+            f"one_document_per_row must be True or False, got {one_document_per_row!r}"
+        )
+    if output is not None and not isinstance(output, (str, Path, Certificates)):
+        raise CertifyError(f"output must be a folder, got {output!r}")
 
 
 def sae_lens_run_evals() -> RunEvals:

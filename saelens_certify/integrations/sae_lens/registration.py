@@ -20,7 +20,12 @@ import sae_lens.evals
 
 from saelens_certify.errors import CertifyError
 from saelens_certify.integrations.sae_lens.certificates import Certificates
-from saelens_certify.integrations.sae_lens.evals import EXTRA_SETTINGS, is_plain, run_evals
+from saelens_certify.integrations.sae_lens.evals import (
+    EXTRA_SETTINGS,
+    check_settings,
+    is_plain,
+    run_evals,
+)
 
 _PATCHED: tuple[tuple[ModuleType, str], ...] = (
     (sae_lens.evals, "run_evals"),
@@ -129,12 +134,13 @@ def register(**settings: Any) -> Registration:
         A registration, to be closed or used in a with-statement.
 
     Raises:
-        CertifyError: If a setting is unknown, or the installed SAELens is not the one this was written
-            for: naming version and difference.
+        CertifyError: If a setting is unknown or has a wrong value, or the installed SAELens is not the
+            one this was written for: naming version and difference.
     """
     unknown = sorted(set(settings) - EXTRA_SETTINGS)
     if unknown:
         raise CertifyError(f"register has no settings {unknown}; it has {sorted(EXTRA_SETTINGS)}")
+    check_settings(**settings)
     made = {"on_refusal": "record", **settings}
     if not isinstance(made.get("output"), Certificates):
         made["output"] = Certificates(made.get("output"))
