@@ -3,10 +3,11 @@
 - ``wealth``, ``reference``, ``sequential``: the statistics, with statements and proofs (NumPy only).
 - ``sampling``, ``observe``: what is measured of a forward.
 - ``tally``, ``state``, ``storage``: what is remembered.
-- ``monitor``, ``checks``: the face. ``report``, ``figure``: what comes out.
+- ``monitor``, ``checks``, ``announce``: the face. ``report``, ``figure``: what comes out.
 """
 
-from saelens_certify.monitor.monitor import Monitor, log_alarm
+from saelens_certify.monitor.announce import log_alarm
+from saelens_certify.monitor.monitor import Monitor
 from saelens_certify.monitor.report import Report
 from saelens_certify.monitor.sequential import Alarm
 from saelens_certify.monitor.tally import Request, Sums, Totals

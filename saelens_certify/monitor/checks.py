@@ -13,6 +13,19 @@ from saelens_certify.manifest import parameters_sha256
 from saelens_certify.saes import SAEAdapter
 
 
+def check_model(model: Any) -> None:
+    """Check that a model has hooks.
+
+    Raises:
+        CertifyError: If it is something else, such as a name.
+    """
+    if not hasattr(model, "hook_dict"):
+        raise CertifyError(
+            f"{type(model).__name__} has no hooks; pass a TransformerLens model (TransformerBridge or "
+            "HookedTransformer)"
+        )
+
+
 def watched_hooks(model: Any, adapter: SAEAdapter) -> tuple[str, str]:
     """Return where a model shows the activations at the SAE's input and output hooks.
 
@@ -26,6 +39,7 @@ def watched_hooks(model: Any, adapter: SAEAdapter) -> tuple[str, str]:
         CertifyError: If the model has no such hook, or an attached transcoder hides the activation
             that its output replaces.
     """
+    check_model(model)
     attached = getattr(model, "_acts_to_saes", None) or {}
     same = adapter.input_hook == adapter.output_hook
     for name, wrapper in attached.items():

@@ -22,7 +22,9 @@ from torch import Tensor
 from saelens_certify.certificate import Certificate
 from saelens_certify.errors import CertifyError
 from saelens_certify.identity import check_sae
+from saelens_certify.monitor.announce import announce, log_alarm
 from saelens_certify.monitor.checks import (
+    check_model,
     check_numbers,
     check_once,
     other_model,
@@ -46,17 +48,6 @@ Hook = tuple[str, Callable[..., None]]
 _SCOPES: ContextVar[dict[int, Scope]] = ContextVar("saelens_certify.monitor.scopes", default={})  # noqa: B039 - never changed in place
 
 _LOGGER = logging.getLogger("saelens_certify.monitor")
-
-
-def log_alarm(alarm: Alarm) -> None:
-    """Write an alarm to the log ``saelens_certify.monitor`` as a warning."""
-    _LOGGER.warning(
-        "the stream has left what was certified (%s): %s, after %d tested sequences, e-value %.3g",
-        alarm.kind,
-        alarm.statistic,
-        alarm.tested,
-        np.exp(min(alarm.log_e, 700.0)),
-    )
 
 
 @dataclass(frozen=True)
@@ -96,12 +87,13 @@ class Monitor:
         window: Number of requests in the report's recent window.
         on_error: ``"record"``: a failing observation is counted and reported. ``"raise"``: it
             raises in the forward (to debug).
-        on_alarm: Called with each new `Alarm`, in the thread that raised it; writes to the log by
-            default.
+        on_alarm: Called with each new `Alarm`, in the thread that raised it; writes to the log
+            ``saelens_certify.monitor`` by default, which None does too. An alarm whose callback fails
+            stands in the report and is logged, and the failure is an error like others.
 
     Raises:
-        CertifyError: If the SAE is not the certified one, the model has no such hooks, or a number
-            is out of its range.
+        CertifyError: If the SAE is not the certified one, the model has no such hooks, or an argument
+            is of another kind or out of its range.
     """
 
     def __init__(
@@ -116,11 +108,13 @@ class Monitor:
         seed: int = 0,
         window: int = 256,
         on_error: Literal["record", "raise"] = "record",
-        on_alarm: Callable[[Alarm], None] = log_alarm,
+        on_alarm: Callable[[Alarm], None] | None = log_alarm,
     ) -> None:
         if not isinstance(certificate, Certificate):
             certificate = Certificate.load(certificate)
         check_numbers(false_alarm, run_length, share, seed, window, on_error)
+        if not (on_alarm is None or callable(on_alarm)):
+            raise CertifyError(f"on_alarm must be a function or None, got {on_alarm!r}")
         sae, _ = load_sae(sae, dtype=certificate.manifest["sae"]["dtype"])
         adapter = adapt(sae)
         check_sae(certificate, sae, adapter)
@@ -192,6 +186,7 @@ class Monitor:
         Raises:
             CertifyError: If it has no such hooks, or the monitor is attached to it already.
         """
+        check_model(model)
         hooks, before = self.hooks(model), self._state
         with self._lock:
             if any(model is other for other in self._attached):
@@ -227,13 +222,14 @@ class Monitor:
         request of its own, and every position counts.
 
         Args:
-            tokens: Token ids of the first forward: special tokens are then left out as certified,
+            tokens: Token ids [batch, pos] of the first forward: special tokens are then left out as certified,
                 and sequences that do not begin as the certified ones are counted.
             attention_mask: 1 at real positions, 0 at padding (on either side).
             continuation: Whether already the first forward continues an earlier request.
 
         Raises:
-            CertifyError: If a shape is not [batch, pos], or the two differ.
+            CertifyError: If one is no tensor and cannot be made one (rows of unequal length), a shape
+                is not [batch, pos], or the two differ.
         """
         scope = Scope.of(tokens, attention_mask, continuation)
         outer = _SCOPES.get()
@@ -258,7 +254,14 @@ class Monitor:
             self._state = State(self._state.test.restarted())
 
     def save(self, path: str | Path) -> None:
-        """Write the state as JSON: a restarted service goes on with the same guarantee."""
+        """Write the state as JSON: a restarted service goes on with the same guarantee.
+
+        Args:
+            path: The file; its folder is made if missing.
+
+        Raises:
+            CertifyError: If that cannot be a file.
+        """
         with self._lock:
             state, arrived = self._state, self._arrived
         write_state(path, self.certificate, self._test_settings(), state, arrived)
@@ -379,8 +382,7 @@ class Monitor:
             before = self._state.test.alarms
             self._state = self._state.after(request, values, time.time(), self.window)
             raised = [alarm for alarm in self._state.test.alarms if alarm not in before]
-        for alarm in raised:
-            self.on_alarm(alarm)
+        announce(raised, self.on_alarm)
 
     @torch.no_grad()
     def _measure(self, selection: Selection, x: Tensor, activation: Tensor) -> Columns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -26,12 +27,14 @@ class Scope:
     forwards: int = 0
 
     @classmethod
-    def of(cls, tokens: Tensor | None, attention_mask: Tensor | None, continuation: bool) -> Scope:
+    def of(cls, tokens: Any, attention_mask: Any, continuation: bool) -> Scope:
         """Build a scope.
 
         Raises:
-            CertifyError: If a shape is not [batch, pos], or the two differ.
+            CertifyError: If one cannot be made a tensor, a shape is not [batch, pos], or the two differ.
         """
+        tokens = _as_tensor("tokens", tokens)
+        attention_mask = _as_tensor("attention_mask", attention_mask)
         for name, given in (("tokens", tokens), ("attention_mask", attention_mask)):
             if given is not None and given.dim() != 2:
                 raise CertifyError(f"{name} has shape {tuple(given.shape)}, not [batch, pos]")
@@ -72,3 +75,15 @@ class Scope:
             begins = self.mask.to(torch.int8).argmax(dim=1, keepdim=True)
             firsts = self.tokens.gather(1, begins)[:, 0]
         return int((firsts != first_token).sum())
+
+
+def _as_tensor(name: str, given: Any) -> Tensor | None:
+    if given is None:
+        return None
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CertifyError(
+            f"{name} of the request must be [batch, pos], a tensor or rows of equal length, got "
+            f"{type(given).__name__} ({error})"
+        ) from None

@@ -26,11 +26,14 @@ def write_state(
     """Write a state; the file is either the old one or the new one, never a part.
 
     Args:
-        path: The file.
+        path: The file; its folder is made if missing.
         certificate: What is monitored.
         settings: Settings that must be the same to go on.
         state: The state.
         arrived: Requests and sequences that have been seen, which number the next ones.
+
+    Raises:
+        CertifyError: If it cannot be written.
     """
     values = {
         "format": FORMAT_VERSION,
@@ -39,7 +42,12 @@ def write_state(
         "arrived": list(arrived),
         "state": state.to_dict(),
     }
-    write_atomically(Path(path), dump_json(values))
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, dump_json(values))
+    except OSError as error:
+        raise CertifyError(f"the state cannot be written to {str(path)!r}: {error}") from error
 
 
 def read_state(
@@ -64,6 +72,8 @@ def read_state(
         version, identity, stored = values["format"], values["identity"], values["settings"]
     except FileNotFoundError:
         raise CertifyError(f"there is no monitor state at {str(path)!r}") from None
+    except OSError as error:
+        raise CertifyError(f"the state {str(path)!r} cannot be read: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CertifyError(f"{str(path)!r} is no monitor state ({error!r})") from error
     if version != FORMAT_VERSION:

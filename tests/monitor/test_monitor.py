@@ -313,12 +313,29 @@ def test_alarm_is_announced_once(caplog) -> None:
     assert "the stream has left what was certified" in caplog.text
 
 
-def test_a_failing_alarm_handler_is_an_error_like_others() -> None:
-    model, mon = monitor(false_alarm=0.5, on_error="record", on_alarm=lambda _: 1 / 0)
-    for _ in range(2):
-        mon.hooks()[0][1](torch.full((50, SEQ_LEN, 32), float("nan")), hook=None)
-    assert mon.alarm is not None
+@pytest.mark.parametrize("on_error", ["record", "raise"])
+def test_a_failing_alarm_handler_is_an_error_like_others(on_error, caplog) -> None:
+    mon = monitor(false_alarm=0.5, run_length=50, on_error=on_error, on_alarm=lambda _: 1 / 0)[1]
+    broken = torch.full((50, SEQ_LEN, 32), float("nan"))
+    if on_error == "raise":
+        with pytest.raises(ZeroDivisionError):
+            mon.hooks()[0][1](broken, hook=None)
+    else:
+        mon.hooks()[0][1](broken, hook=None)
+    kinds = {alarm.kind for alarm in mon.alarms}
+    assert kinds == {"left", "recent"}
     assert mon.report().totals.errors == 1
+    for kind in kinds:  # each is told, also after the first failure
+        assert f"what was certified ({kind})" in caplog.text
+    assert str(mon.report()).startswith("ALARM after")
+
+
+def test_without_a_handler_alarms_are_logged(caplog) -> None:
+    mon = monitor(false_alarm=0.5, on_alarm=None)[1]
+    mon.hooks()[0][1](torch.full((50, SEQ_LEN, 32), float("nan")), hook=None)
+    assert mon.alarm is not None
+    assert mon.report().totals.errors == 0
+    assert "the stream has left what was certified" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["topk", "hook_z", "temporal"])

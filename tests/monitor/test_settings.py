@@ -113,6 +113,8 @@ def test_a_model_without_the_hook_is_refused() -> None:
         ({"seed": 0.5}, "seed must be an integer"),
         ({"window": 0}, "window must be at least 1"),
         ({"on_error": "ignore"}, "on_error must be 'record' or 'raise', got 'ignore'"),
+        ({"on_alarm": "page"}, "on_alarm must be a function or None, got 'page'"),
+        ({"model": "gpt2"}, "str has no hooks; pass a TransformerLens model"),
     ],
 )
 def test_wrong_settings_are_named(option, message) -> None:
@@ -131,6 +133,47 @@ def test_wrong_shapes_are_named() -> None:
         pass
     with pytest.raises(CertifyError, match="has width 16, the SAE expects 32"):
         mon.hooks()[0][1](torch.zeros(2, SEQ_LEN, 16), hook=None)
+
+
+def test_other_kinds_of_arguments_are_named() -> None:
+    with pytest.raises(CertifyError, match="give the folder of a run, not NoneType"):
+        Monitor(None, subject())
+    mon = monitor()[1]
+    for model, kind in ((None, "NoneType"), ("gpt2", "str")):
+        with pytest.raises(CertifyError, match=f"{kind} has no hooks; pass"), mon.attached(model):
+            pass
+    with pytest.raises(CertifyError, match="str has no hooks; pass"):
+        mon.hooks("gpt2")
+    for tokens in ([[1, 2], [3]], "text", {"input_ids": EVALUATION}):
+        with (
+            pytest.raises(CertifyError, match="tokens of the request must be"),
+            mon.request(tokens),
+        ):
+            pass
+
+
+def test_rows_of_ids_will_do() -> None:
+    model, mon = monitor()
+    _, same = monitor()
+    mask = [[1] * (SEQ_LEN - 2) + [0] * 2] * 3
+    with mon.attached(model), mon.request(EVALUATION[:3].tolist(), mask):
+        model(EVALUATION[:3])
+    with same.attached(model), same.request(EVALUATION[:3], torch.tensor(mask)):
+        model(EVALUATION[:3])
+    assert mon.report().totals == same.report().totals
+    assert mon.report().totals.tokens == 3 * (SEQ_LEN - 2)
+
+
+def test_the_folder_of_a_state_is_made(tmp_path) -> None:
+    mon = monitor()[1]
+    mon.save(tmp_path / "new" / "folder" / "state.json")
+    mon.restore(tmp_path / "new" / "folder" / "state.json")
+    for wrong in (tmp_path, tmp_path / "new" / "folder" / "state.json" / "inside.json"):
+        with pytest.raises(CertifyError, match="cannot be written to"):
+            mon.save(wrong)
+        with pytest.raises(CertifyError, match="cannot be read|is no monitor state"):
+            mon.restore(wrong)
+    assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["state.json"]
 
 
 def test_default_share_comes_from_sizes() -> None:
