@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saelens_certify.errors import CertifyError
 from saelens_certify.saes.classes.self_loading import SelfLoading
-from saelens_certify.saes.classes.topk_transcoder import MixedDtypeSkip, check_k
+from saelens_certify.saes.classes.topk_transcoder import KeptConfig, MixedDtypeSkip
 
 
 class GroupMax(torch.nn.Module):
@@ -36,33 +36,33 @@ class GroupMax(torch.nn.Module):
         return torch.zeros_like(groups).scatter(-1, where, largest).flatten(-2)
 
 
-def check_groups(k: int, d_sae: int) -> None:
-    """Check that the features fall into k equal groups.
+@dataclass
+class GroupsConfig(KeptConfig):
+    """What configurations of group-max classes share: ``k`` is the number of groups."""
 
-    Raises:
-        CertifyError: If they do not.
-    """
-    check_k(k, d_sae)
-    if d_sae % k:
-        raise CertifyError(
-            f"{d_sae} features do not fall into k = {k} equal groups, as groupmax needs"
-        )
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.d_sae % self.k:
+            raise CertifyError(
+                f"{self.d_sae} features do not fall into k = {self.k} equal groups, as groupmax needs"
+            )
+
+
+class KeepsGroupMax(SelfLoading):
+    """Mixin: of each group the largest feature is kept, if positive."""
+
+    cfg: Any
+
+    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
+        """Return the selection of features."""
+        return GroupMax(self.cfg.k)
 
 
 @dataclass
-class GroupMaxSAEConfig(StandardSAEConfig):
-    """Configuration of a `GroupMaxSAE`.
+class GroupMaxSAEConfig(GroupsConfig, StandardSAEConfig):
+    """Configuration of a `GroupMaxSAE`."""
 
-    Attributes:
-        k: Number of groups: at most k features are active on a token.
-    """
-
-    k: int = 32
-
-    @classmethod
-    def architecture(cls) -> str:
-        """Return the name of the architecture."""
-        return "groupmax"
+    name: ClassVar[str] = "groupmax"
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> GroupMaxSAEConfig:
@@ -72,81 +72,36 @@ class GroupMaxSAEConfig(StandardSAEConfig):
             result.metadata = SAEMetadata(**config_dict["metadata"])
         return result
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_groups(self.k, self.d_sae)
 
-
-class GroupMaxSAE(SelfLoading, StandardSAE):
+class GroupMaxSAE(KeepsGroupMax, StandardSAE):
     """``z = groupmax((x - b_dec) W_enc + b_enc)``, output ``z W_dec + b_dec``."""
 
     config_class: ClassVar[type[SAEConfig]] = GroupMaxSAEConfig
-    cfg: Any
-
-    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
-        """Return the selection of features."""
-        return GroupMax(self.cfg.k)
 
 
 @dataclass
-class GroupMaxTranscoderConfig(TranscoderConfig):
-    """Configuration of a `GroupMaxTranscoder`.
-
-    Attributes:
-        k: Number of groups: at most k features are active on a token.
-    """
+class GroupMaxTranscoderConfig(GroupsConfig, TranscoderConfig):
+    """Configuration of a `GroupMaxTranscoder`."""
 
     apply_b_dec_to_input: bool = False
-    k: int = 32
-
-    @classmethod
-    def architecture(cls) -> str:
-        """Return the name of the architecture."""
-        return "groupmax_transcoder"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_groups(self.k, self.d_sae)
+    name: ClassVar[str] = "groupmax_transcoder"
 
 
-class GroupMaxTranscoder(SelfLoading, Transcoder):
+class GroupMaxTranscoder(KeepsGroupMax, Transcoder):
     """``z = groupmax(x W_enc + b_enc)``, output ``z W_dec + b_dec`` at another hook."""
 
     config_class: ClassVar[type[SAEConfig]] = GroupMaxTranscoderConfig
-    cfg: Any
-
-    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
-        """Return the selection of features."""
-        return GroupMax(self.cfg.k)
 
 
 @dataclass
-class GroupMaxSkipTranscoderConfig(SkipTranscoderConfig):
-    """Configuration of a `GroupMaxSkipTranscoder`.
-
-    Attributes:
-        k: Number of groups: at most k features are active on a token.
-    """
+class GroupMaxSkipTranscoderConfig(GroupsConfig, SkipTranscoderConfig):
+    """Configuration of a `GroupMaxSkipTranscoder`."""
 
     apply_b_dec_to_input: bool = False
-    k: int = 32
-
-    @classmethod
-    def architecture(cls) -> str:
-        """Return the name of the architecture."""
-        return "groupmax_skip_transcoder"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_groups(self.k, self.d_sae)
+    name: ClassVar[str] = "groupmax_skip_transcoder"
 
 
-class GroupMaxSkipTranscoder(SelfLoading, MixedDtypeSkip):
+class GroupMaxSkipTranscoder(KeepsGroupMax, MixedDtypeSkip):
     """A `GroupMaxTranscoder` that adds ``x W_skip.T``, with ``W_skip`` of shape ``[d_out, d_in]``."""
 
     config_class: ClassVar[type[SAEConfig]] = GroupMaxSkipTranscoderConfig
-    cfg: Any
-
-    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
-        """Return the selection of features."""
-        return GroupMax(self.cfg.k)

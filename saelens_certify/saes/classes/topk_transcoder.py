@@ -22,56 +22,35 @@ from saelens_certify.saes.classes.self_loading import SelfLoading
 
 
 @dataclass
-class TopKTranscoderConfig(TranscoderConfig):
-    """Configuration of a `TopKTranscoder`.
+class KeptConfig(SAEConfig):
+    """What configurations of classes that keep k features share.
 
     Attributes:
         k: Number of features kept per token; of these, the positive ones are active.
+        name: Name of the architecture.
     """
 
-    apply_b_dec_to_input: bool = False
     k: int = 32
+    name: ClassVar[str]
 
     @classmethod
     def architecture(cls) -> str:
         """Return the name of the architecture."""
-        return "topk_transcoder"
+        return cls.name
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_k(self.k, self.d_sae)
 
 
-class TopKTranscoder(SelfLoading, Transcoder):
-    """``z = relu(topk(x W_enc + b_enc))``, output ``z W_dec + b_dec`` at another hook."""
+class KeepsTopK(SelfLoading):
+    """Mixin: the k largest features are kept, if positive."""
 
-    config_class: ClassVar[type[SAEConfig]] = TopKTranscoderConfig
     cfg: Any
 
     def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
         """Return the selection of features."""
         return TopK(self.cfg.k)
-
-
-@dataclass
-class TopKSkipTranscoderConfig(SkipTranscoderConfig):
-    """Configuration of a `TopKSkipTranscoder`.
-
-    Attributes:
-        k: Number of features kept per token; of these, the positive ones are active.
-    """
-
-    apply_b_dec_to_input: bool = False
-    k: int = 32
-
-    @classmethod
-    def architecture(cls) -> str:
-        """Return the name of the architecture."""
-        return "topk_skip_transcoder"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_k(self.k, self.d_sae)
 
 
 class MixedDtypeSkip(SkipTranscoder):
@@ -88,15 +67,32 @@ class MixedDtypeSkip(SkipTranscoder):
         return super().forward_with_activations(x.to(self.dtype))
 
 
-class TopKSkipTranscoder(SelfLoading, MixedDtypeSkip):
+@dataclass
+class TopKTranscoderConfig(KeptConfig, TranscoderConfig):
+    """Configuration of a `TopKTranscoder`."""
+
+    apply_b_dec_to_input: bool = False
+    name: ClassVar[str] = "topk_transcoder"
+
+
+class TopKTranscoder(KeepsTopK, Transcoder):
+    """``z = relu(topk(x W_enc + b_enc))``, output ``z W_dec + b_dec`` at another hook."""
+
+    config_class: ClassVar[type[SAEConfig]] = TopKTranscoderConfig
+
+
+@dataclass
+class TopKSkipTranscoderConfig(KeptConfig, SkipTranscoderConfig):
+    """Configuration of a `TopKSkipTranscoder`."""
+
+    apply_b_dec_to_input: bool = False
+    name: ClassVar[str] = "topk_skip_transcoder"
+
+
+class TopKSkipTranscoder(KeepsTopK, MixedDtypeSkip):
     """A `TopKTranscoder` that adds ``x W_skip.T``, with ``W_skip`` of shape ``[d_out, d_in]``."""
 
     config_class: ClassVar[type[SAEConfig]] = TopKSkipTranscoderConfig
-    cfg: Any
-
-    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
-        """Return the selection of features."""
-        return TopK(self.cfg.k)
 
 
 def check_k(k: int, d_sae: int) -> None:
