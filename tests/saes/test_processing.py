@@ -14,6 +14,7 @@ from engine.builders import SEQ_LEN, hooked_transformer, make_sae, make_tokens, 
 from sae_lens.saes.sae import SAEMetadata
 
 from saelens_certify import CertifyConfig, CertifyError, certify, check_config
+from saelens_certify.cli import EXIT_INPUT, main
 from saelens_certify.models import load_model
 from saelens_certify.saes.processing import (
     PROCESSING,
@@ -220,3 +221,25 @@ def test_models_load_as_the_metadata_says(model_class: Any, monkeypatch) -> None
     if model_class == "TransformerBridge":
         with pytest.raises(CertifyError, match=r"loaded with \['move_to_device'\].*HookedTransfor"):
             load_model("some/model", arguments={"move_to_device": False})
+
+
+def test_the_command_line_loads_the_model_as_the_metadata_says(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    asked: list[Any] = []
+
+    def stop(*_: Any, arguments: Any, **__: Any) -> None:
+        asked.append(arguments)
+        raise CertifyError("far enough")
+
+    monkeypatch.setattr("saelens_certify.cli.load_model", stop)
+    (tmp_path / "documents.txt").write_text("some words")
+    for name, arguments in (("a", {"center_writing_weights": True}), ("b", {})):
+        sae = make_sae()
+        sae.cfg.metadata.model_from_pretrained_kwargs = arguments
+        sae.save_model(tmp_path / "saes" / name)
+    options = ["--model", "demo", "--data", str(tmp_path / "documents.txt"), "--output", "run"]
+    for name in ("saes/a", "saes/b", "saes"):
+        assert main(["run", "--sae", str(tmp_path / name), *options]) == EXIT_INPUT
+    assert asked == [{"center_writing_weights": True}, {}]
+    assert "several runs" in capsys.readouterr().err
