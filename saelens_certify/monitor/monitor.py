@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -210,8 +210,8 @@ class Monitor:
     @contextmanager
     def request(
         self,
-        tokens: Int[Tensor, "batch pos"] | None = None,
-        attention_mask: Tensor | None = None,
+        tokens: Int[Tensor, "batch pos"] | Sequence[Sequence[int]] | None = None,
+        attention_mask: Tensor | Sequence[Sequence[int]] | None = None,
         *,
         continuation: bool = False,
     ) -> Iterator[None]:

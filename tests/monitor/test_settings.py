@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -137,14 +138,15 @@ def test_wrong_shapes_are_named() -> None:
 
 def test_other_kinds_of_arguments_are_named() -> None:
     with pytest.raises(CertifyError, match="give the folder of a run, not NoneType"):
-        Monitor(None, subject())
+        Monitor(cast(Any, None), subject())
     mon = monitor()[1]
     for model, kind in ((None, "NoneType"), ("gpt2", "str")):
         with pytest.raises(CertifyError, match=f"{kind} has no hooks; pass"), mon.attached(model):
             pass
     with pytest.raises(CertifyError, match="str has no hooks; pass"):
         mon.hooks("gpt2")
-    for tokens in ([[1, 2], [3]], "text", {"input_ids": EVALUATION}):
+    odd: list[Any] = [[[1, 2], [3]], "text", {"input_ids": EVALUATION}]
+    for tokens in odd:
         with (
             pytest.raises(CertifyError, match="tokens of the request must be"),
             mon.request(tokens),
