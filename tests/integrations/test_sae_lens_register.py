@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from sae_lens.training.activation_scaler import ActivationScaler
 
 from integrations import sae_lens_world as world
 from saelens_certify import CertifyConfig, CertifyError, verify
-from saelens_certify.config_help import setting_descriptions
 from saelens_certify.integrations.sae_lens import (
     evals,
     register,
@@ -28,7 +26,6 @@ from saelens_certify.integrations.sae_lens import (
     run_evals,
     unregister,
 )
-from saelens_certify.integrations.sae_lens.cli import main
 from saelens_certify.integrations.sae_lens.registration import check_sae_lens
 
 ORIGINAL = sae_lens.run_evals
@@ -41,7 +38,7 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def _as_installed() -> Any:
+def as_installed() -> Any:
     yield
     sae_lens.run_evals = sae_lens.evals.run_evals = ORIGINAL
     # What a failed test left behind must not fail the next one.
@@ -55,13 +52,13 @@ def _evaluate(**extra: Any) -> dict[str, Any]:
     )[0]
 
 
-def _in_place() -> bool:
+def in_place() -> bool:
     return sae_lens.run_evals is ORIGINAL and sae_lens.evals.run_evals is ORIGINAL
 
 
 def test_the_installed_version_is_known() -> None:
     check_sae_lens()
-    assert _in_place()
+    assert in_place()
 
 
 def test_the_group_is_there_and_goes() -> None:
@@ -72,7 +69,7 @@ def test_the_group_is_there_and_goes() -> None:
     assert _evaluate()[GROUP]["n_sequences"] == 20
     assert _evaluate(n_evaluation_sequences=10)[GROUP]["n_sequences"] == 10
     unregister()
-    assert _in_place()
+    assert in_place()
     assert GROUP not in _evaluate()
 
 
@@ -108,9 +105,9 @@ def test_registering_again_is_harmless_and_one_unregister_ends_all() -> None:
     assert sae_lens.run_evals is wrapper
     assert _evaluate()[GROUP]["n_sequences"] == 11
     unregister()
-    assert _in_place()
+    assert in_place()
     unregister()  # and again
-    assert _in_place()
+    assert in_place()
 
 
 def test_blocks_nest_and_end_only_themselves() -> None:
@@ -118,7 +115,7 @@ def test_blocks_nest_and_end_only_themselves() -> None:
         with register(**{**SETTINGS, "n_evaluation_sequences": 12}):
             assert _evaluate()[GROUP]["n_sequences"] == 12
         assert _evaluate()[GROUP]["n_sequences"] == 20
-    assert _in_place()
+    assert in_place()
     register(**SETTINGS)
     with register(**SETTINGS):
         pass
@@ -128,7 +125,7 @@ def test_blocks_nest_and_end_only_themselves() -> None:
 def test_an_exception_inside_takes_it_back() -> None:
     with pytest.raises(KeyError), register(**SETTINGS):
         raise KeyError("inside")
-    assert _in_place()
+    assert in_place()
 
 
 @settings(max_examples=40)
@@ -143,9 +140,9 @@ def test_the_functions_are_replaced_exactly_while_somebody_is_registered(steps: 
             alive.clear()
         elif alive:
             alive.pop(0 if step == "close first" else -1).close()
-        assert _in_place() == (not alive)
+        assert in_place() == (not alive)
     unregister()
-    assert _in_place()
+    assert in_place()
 
 
 @pytest.mark.parametrize("where", [sae_lens, sae_lens.evals])
@@ -170,7 +167,7 @@ def test_somebody_elses_replacement_is_not_undone(where: Any) -> None:
     assert GROUP in theirs(sae, store, world.model(), ActivationScaler(), EvalConfig())[0]
     where.run_evals = ours
     unregister()
-    assert _in_place()
+    assert in_place()
 
 
 def test_a_replacement_does_not_hide_an_exception() -> None:
@@ -233,7 +230,7 @@ def test_unequal_functions_are_refused(monkeypatch: Any) -> None:
 def test_unknown_settings_are_refused() -> None:
     with pytest.raises(CertifyError, match=r"no settings \['n_sequences'\]"):
         register(n_sequences=3)
-    assert _in_place()
+    assert in_place()
 
 
 @pytest.mark.parametrize(
@@ -251,13 +248,13 @@ def test_unknown_settings_are_refused() -> None:
 def test_wrong_values_are_refused_at_once(name: str, value: Any, message: str) -> None:
     with pytest.raises(CertifyError, match=message):
         register(**{name: value})
-    assert _in_place()
+    assert in_place()
     # And where they are given beside what is registered, which records refusals.
     with register(**SETTINGS), pytest.raises(CertifyError, match=message):
         _evaluate(**{name: value})
 
 
-def _counted(monkeypatch: Any) -> list[Any]:
+def counted_certificates(monkeypatch: Any) -> list[Any]:
     """The folders of the certificates that are issued from now on."""
     folders: list[Any] = []
     certify = evals.certify
@@ -300,12 +297,12 @@ def test_output_is_a_root_with_a_folder_for_each_sae(tmp_path: Path) -> None:
     assert verify(tmp_path / "mine").n_sequences == 20
     with pytest.raises(CertifyError, match="is a file"):
         register(output=folders[0] / "manifest.json")
-    assert _in_place()
+    assert in_place()
 
 
 def test_what_is_certified_already_is_not_certified_again(monkeypatch: Any) -> None:
     """And what differs in anything that a certificate is about is."""
-    issued = _counted(monkeypatch)
+    issued = counted_certificates(monkeypatch)
     sae, model = world.trained_sae(), world.model()
 
     def group(n: int, dataset: Any = None, **extra: Any) -> dict[str, Any]:
@@ -345,169 +342,3 @@ def test_what_is_certified_already_is_not_certified_again(monkeypatch: Any) -> N
             model.reset_hooks(including_permanent=True)
     with register(**SETTINGS):
         group(6)  # another registration knows nothing of it
-
-
-# SAELens's `multiple_evals` and its command, with releases of our own.
-
-
-@pytest.fixture
-def releases(monkeypatch: Any) -> dict[str, Any]:
-    """Two SAEs of a release, one of them not certifiable, a dataset "words", without a network."""
-    bad = world.trained_sae("topk", normalize_activations="expected_average_only_in")
-    saes = {"one": world.trained_sae("topk"), "two": bad}
-    for sae in saes.values():
-        sae.cfg.metadata.model_name = "words-model"
-    monkeypatch.setattr(world.model().cfg, "model_name", "words-model")
-
-    def directory() -> list[tuple[str, str, float, float]]:
-        return [("words", name, 0.0, 1.0) for name in saes]
-
-    class Models:
-        @staticmethod
-        def from_pretrained_no_processing(*_: Any, **__: Any) -> Any:
-            return world.model()
-
-    store_of_sae = sae_lens.evals.ActivationsStore.from_sae
-
-    def from_sae(model: Any, sae: Any, dataset: str, **options: Any) -> Any:
-        assert dataset == "words"
-        return store_of_sae(model, sae, world.text_dataset(), **options)
-
-    monkeypatch.setattr(sae_lens.evals, "all_loadable_saes", directory)
-    monkeypatch.setattr(sae_lens.evals, "HookedTransformer", Models)
-    monkeypatch.setattr(sae_lens.evals.ActivationsStore, "from_sae", staticmethod(from_sae))
-    monkeypatch.setattr(
-        sae_lens.SAE, "from_pretrained", staticmethod(lambda **asked: saes[asked["sae_id"]])
-    )
-    return saes
-
-
-ARGUMENTS = [
-    "words", "ONE", "--batch_size_prompts", "4", "--n_eval_reconstruction_batches", "1",
-    "--datasets", "words", "--ctx_lens", "16",
-]  # fmt: skip
-OURS = ["--seq_len", "12", "--n_calibration_sequences", "30", "--n_evaluation_sequences", "20"]
-
-
-def _arguments(pattern: str, folder: Path, *more: str) -> list[str]:
-    given = [pattern if item == "ONE" else item for item in ARGUMENTS]
-    return [*given, "--output_dir", str(folder), *OURS, *more]
-
-
-def test_multiple_evals_includes_the_group(releases: dict[str, Any], tmp_path: Path) -> None:
-    releases["one"].cfg.metadata.model_from_pretrained_kwargs = {}
-    with register(**SETTINGS):
-        found = sae_lens.evals.multiple_evals(
-            "words", "one", 1, 1, 4, datasets=["words"], ctx_lens=[16], output_dir=str(tmp_path)
-        )
-    assert [record["metrics"][GROUP]["n_sequences"] for record in found] == [20]
-
-
-def test_the_command_writes_the_group_to_the_files_of_sae_lens(
-    releases: dict[str, Any], tmp_path: Path
-) -> None:
-    # None here is what ends SAELens's own command for Gemma Scope.
-    assert releases["one"].cfg.metadata.model_from_pretrained_kwargs is None
-    with pytest.raises(TypeError, match="must be a mapping"):
-        sae_lens.evals.multiple_evals(
-            "words", "one", 1, 1, 4, datasets=["words"], ctx_lens=[16], output_dir=str(tmp_path)
-        )
-    with pytest.warns(UserWarning, match="no certificate"):
-        code = main(_arguments("one|two", tmp_path))
-    assert code == 0
-    assert _in_place()
-    records = json.loads((tmp_path / "all_eval_results.json").read_text())
-    first, second = (record["metrics"] for record in records)
-    assert first[GROUP]["n_sequences"] == 20
-    assert first[GROUP]["u_sae"] > 0
-    assert "expected_average_only_in" in second[GROUP]["refused"]
-    assert first["reconstruction_quality"].keys() == second["reconstruction_quality"].keys()
-    alone = json.loads((tmp_path / "words-one_16_words.json").read_text())
-    assert alone["metrics"] == first
-    header = (tmp_path / "all_eval_results.csv").read_text().splitlines()[0]
-    assert f"metrics.{GROUP}.u_sae" in header.split(",")
-    assert sae_lens.evals.SAE is sae_lens.SAE
-
-
-@pytest.mark.filterwarnings("ignore:no certificate:UserWarning")
-def test_every_sae_and_context_length_of_multiple_evals(
-    releases: dict[str, Any], tmp_path: Path, monkeypatch: Any
-) -> None:
-    issued = _counted(monkeypatch)
-    releases["three"] = world.trained_sae("jumprelu")
-    releases["three"].cfg.metadata.model_name = "words-model"
-    root = tmp_path / "certificates"
-    given = _arguments("one|two|three", tmp_path / "results")
-    place = given.index("--ctx_lens")
-    given[place : place + 2] = ["--ctx_lens", "16", "20"]
-    assert main([*given, "--certificates_dir", str(root)]) == 0
-    records = json.loads((tmp_path / "results" / "all_eval_results.json").read_text())
-    groups = {(r["sae_id"], r["eval_cfg"]["context_size"]): r["metrics"][GROUP] for r in records}
-    assert len(groups) == 6
-    for name in releases:
-        assert groups[name, 16] == groups[name, 20]
-    assert "refused" in groups["two", 16]
-    assert groups["one", 16]["u_sae"] != groups["three", 16]["u_sae"]
-    folders = sorted(root.iterdir())
-    assert [verify(folder).n_sequences for folder in folders] == [20, 20]
-    # The refused one is tried again with each context.
-    assert len(issued) - len({*issued}) == 1
-
-
-@pytest.mark.usefixtures("releases")
-def test_the_command_heeds_the_flags_that_sae_lens_ignores(tmp_path: Path) -> None:
-    everything = sae_lens.evals.get_eval_everything_config
-    assert main(_arguments("one", tmp_path, "--compute_ce_loss")) == 0
-    record = json.loads((tmp_path / "all_eval_results.json").read_text())[0]
-    assert set(record["metrics"]) == {"model_performance_preservation", "token_stats", GROUP}
-    assert sae_lens.evals.get_eval_everything_config is everything
-
-
-@pytest.mark.usefixtures("releases")
-def test_the_command_can_stop_at_a_refusal(tmp_path: Path, capsys: Any) -> None:
-    assert main(_arguments("one|two", tmp_path, "--stop_on_refusal")) == 2
-    assert "expected_average_only_in" in capsys.readouterr().err
-    assert main(_arguments("one", tmp_path, "--coding", "top:3")) == 2
-    assert _in_place()
-
-
-def test_the_command_shows_both_sets_of_options(capsys: Any) -> None:
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    shown = capsys.readouterr().out
-    assert "--n_evaluation_sequences" in shown
-    assert "--n_eval_reconstruction_batches" in shown
-
-
-@pytest.mark.usefixtures("releases")
-def test_the_command_has_every_setting_of_a_certificate(
-    tmp_path: Path, monkeypatch: Any, capsys: Any
-) -> None:
-    """As `saelens-certify run` has them: from `CertifyConfig`, with its descriptions."""
-    from saelens_certify.integrations.sae_lens import cli
-
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    for name, text in setting_descriptions().items():
-        assert f"--{name} " in shown or f"--{name}," in shown
-        # Lines are broken at hyphens too.
-        assert text[:25].replace(" ", "") in shown.replace(" ", "")
-
-    given: list[CertifyConfig] = []
-
-    def noted(**settings: Any) -> Any:
-        given.append(settings["certify_config"])
-        return register(**settings)
-
-    monkeypatch.setattr(cli, "register", noted)
-    more = ["--random_decoder", "--permutations", "1", "--impl", "torch", "--batch_tokens", "512"]
-    assert main(_arguments("one", tmp_path, *more)) == 0
-    assert main(_arguments("one", tmp_path, "--verbose")) == 0
-    base = CertifyConfig(seq_len=12, progress=False)
-    assert given[0] == dataclasses.replace(
-        base, random_decoder=True, permutations=1, impl="torch", batch_tokens=512
-    )
-    assert given[1] == dataclasses.replace(base, progress=True)
-    record = json.loads((tmp_path / "all_eval_results.json").read_text())[0]
-    assert record["metrics"][GROUP]["n_sequences"] == 20
