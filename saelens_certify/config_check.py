@@ -62,8 +62,17 @@ def check_configs(
 
 
 def refusals(sae: Any, model: Any = None, config: CertifyConfig | None = None) -> list[str]:
-    """Return every reason for which an SAE would be refused; see `check_config`."""
+    """Return every reason for which an SAE would be refused; see `check_config`.
+
+    Raises:
+        CertifyError: If the model is neither a model nor its configuration.
+    """
     reasons: list[str] = []
+    if model is not None and not (hasattr(model, "hook_dict") or hasattr(model, "d_model")):
+        raise CertifyError(
+            f"{type(model).__name__} ({model!r:.60}) is neither a model of TransformerLens nor its "
+            "configuration; pass the model or model.cfg"
+        )
 
     def attempt(check: Callable[..., Any], *arguments: Any) -> Any:
         try:

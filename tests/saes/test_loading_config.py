@@ -192,6 +192,13 @@ def test_every_failure_of_every_sae_is_named(hub: HubCache) -> None:
 def test_things_without_a_configuration() -> None:
     with pytest.raises(CertifyError, match="Linear is neither an SAE nor its configuration"):
         check_config(torch.nn.Linear(2, 2))
+    message = r"neither a model.*pass the model or model\.cfg"
+    for odd in ("gpt2", torch.nn.Linear(2, 2)):
+        for hook in ("blocks.1.hook_resid_post", "blocks.1.hook_mlp_out"):
+            with pytest.raises(CertifyError, match=message):
+                check_config(make_sae(hook=hook), odd, CertifyConfig())
+            with pytest.raises(CertifyError, match=message):
+                check_config(make_sae(hook=hook), odd)
     model = SimpleNamespace(d_model=D_MODEL, n_layers=1, n_ctx=None)
     with pytest.raises(CertifyError, match="blocks.1.hook_resid_post.*1 layers"):
         check_config(make_sae(), model)
