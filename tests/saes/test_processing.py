@@ -16,6 +16,7 @@ from sae_lens.saes.sae import SAEMetadata
 from saelens_certify import CertifyConfig, CertifyError, certify, check_config
 from saelens_certify.cli import EXIT_INPUT, main
 from saelens_certify.models import load_model
+from saelens_certify.saes.configurations import read_source
 from saelens_certify.saes.processing import (
     PROCESSING,
     centred,
@@ -23,6 +24,10 @@ from saelens_certify.saes.processing import (
     common_arguments,
     folded,
 )
+from saelens_certify.saes.sources import SAESpec
+from saes.hub_cache import HubCache, hub, located
+
+__all__ = ["hub"]
 
 KEYS = ("fold_ln", "center_writing_weights")
 TOKENS = make_tokens(2, seed=1)
@@ -243,3 +248,16 @@ def test_the_command_line_loads_the_model_as_the_metadata_says(
         assert main(["run", "--sae", str(tmp_path / name), *options]) == EXIT_INPUT
     assert asked == [{"center_writing_weights": True}, {}]
     assert "several runs" in capsys.readouterr().err
+
+
+def test_the_registry_says_how_the_model_was_loaded(hub: HubCache) -> None:
+    """gpt2-small-res-jb: an old configuration, to which SAELens's registry adds the processing."""
+    spec = SAESpec("gpt2-small-res-jb", "blocks.1.hook_resid_pre")
+    repository, folder = located(spec.release, spec.sae_id)
+    published = {"model_name": "gpt2-small", "hook_point": spec.sae_id, "d_in": 32, "d_sae": 96}
+    hub.add(repository, f"{folder}/cfg.json", {**published, "dtype": "torch.float32"})
+    asked = common_arguments({str(spec): read_source(spec)[0]})
+    assert asked == {"center_writing_weights": True}
+    for model_class in ("HookedTransformer", "TransformerBridge"):
+        with pytest.raises(CertifyError, match="is not centred, but.*center_writing_weights"):
+            check_config(spec, loaded(model_class, "gpt2"))
