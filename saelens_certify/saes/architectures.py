@@ -105,12 +105,12 @@ def input_and_output_hook(config: Any) -> tuple[str, str]:
         CertifyError: If the metadata has no hook.
     """
     metadata = config.metadata
-    hook = None if metadata is None else metadata.hook_name
-    if not hook:
+    if metadata is None or not metadata.hook_name:
         raise CertifyError(
             "the SAE's metadata has no hook_name, so nobody knows which activation it explains; "
             "set sae.cfg.metadata.hook_name, e.g. 'blocks.6.hook_resid_post'"
         )
+    hook = str(metadata.hook_name)
     # SAELens registers some transcoders on the residual before the norm, although they were trained
     # on the norm's output, which only the Hugging Face name tells.
     after_norm = re.fullmatch(r".*layernorm\.output", metadata.hf_hook_name or "")
