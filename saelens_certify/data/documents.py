@@ -58,7 +58,7 @@ def choose_column(columns: Iterable[str], text_column: str, where: str) -> str:
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     raise CertifyError(
         f"{where} has no column {text_column!r}; it has {columns}.{hint} "
-        "Name the column of texts or token ids with text_column=."
+        "Name the column of texts or token ids with text_column (--text_column)."
     )
 
 
@@ -76,7 +76,7 @@ def choose_split(splits: Iterable[str], split: str | None, where: str) -> str:
     problem = "needs a split" if split is None else f"has no split {split!r}"
     near = difflib.get_close_matches(split or "", splits, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise CertifyError(f"{where} {problem}; it has {splits}.{hint} Name one with split=.")
+    raise CertifyError(f"{where} {problem}; it has {splits}.{hint} Name one with split (--split).")
 
 
 def kind_of_value(value: Any, where: str) -> Literal["text", "tokens"]:
@@ -88,7 +88,7 @@ def kind_of_value(value: Any, where: str) -> Literal["text", "tokens"]:
         return "tokens"
     raise CertifyError(
         f"{where} holds {type(value).__name__} ({value!r}), neither text nor a list of token ids. "
-        "Name another column with text_column=."
+        "Name another column with text_column (--text_column)."
     )
 
 

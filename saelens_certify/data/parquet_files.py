@@ -76,5 +76,5 @@ def _kind(kind: pa.DataType, where: str) -> Literal["text", "tokens"]:
         return "tokens"
     raise CertifyError(
         f"{where} holds {kind}, neither text nor lists of integers. "
-        "Name another column with text_column=."
+        "Name another column with text_column (--text_column)."
     )

@@ -194,7 +194,8 @@ def check_disjoint(calibration: Sequences, evaluation: Sequences) -> None:
         f"calibration {_named(calibration, calibration_keys, shared)}, "
         f"evaluation {_named(evaluation, evaluation_keys, shared)}. The bounds need disjoint documents. "
         "Drop them from calibration, which is always valid: "
-        "calibration = calibration.without(evaluation)."
+        "calibration = calibration.without(evaluation); on the command line, give the documents once "
+        "as --data, which divides them by content."
     )
 
 

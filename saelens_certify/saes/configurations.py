@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,10 +69,17 @@ def read_config(source: Path | SAESpec) -> tuple[Any, bool]:
             values = load_sae_config_from_huggingface(source.release, source.sae_id)
         else:
             values = get_sae_lens_config_from_disk(source)
+            if not isinstance(values, dict):
+                raise _incomplete(source, f"holds {json.dumps(values)[:40]}, no object")
+            if not isinstance(values.get("metadata", {}), dict):
+                raise _incomplete(source, "has a metadata that is no object")
             # SAELens fills in defaults by architecture, and fails on one that it does not know.
             sae_class(values.get("architecture", "standard"))
             values = handle_config_defaulting(values)
         config_class = sae_class(values["architecture"])[1]
+        missing = [name for name in _required(config_class) if name not in values]
+        if missing:
+            raise _incomplete(source, f"has no {' and no '.join(missing)}")
         config = config_class.from_dict(values)
     folds = (
         isinstance(source, SAESpec)
@@ -81,6 +89,25 @@ def read_config(source: Path | SAESpec) -> tuple[Any, bool]:
     if folds:
         config.normalize_activations = "none"
     return config, folds
+
+
+def _required(config_class: Any) -> list[str]:
+    """Names of the settings that have no default."""
+    return [
+        field.name
+        for field in dataclasses.fields(config_class)
+        if field.init
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+
+
+def _incomplete(source: Path | SAESpec, problem: str) -> CertifyError:
+    return CertifyError(
+        f"the {CONFIG_FILE} of SAE {str(source)!r} {problem}; it must be a JSON object with "
+        "architecture, d_in, d_sae and metadata (hook_name, model_name), as sae.save_model(folder) "
+        "writes it"
+    )
 
 
 def sae_class(architecture: str) -> tuple[Any, Any]:

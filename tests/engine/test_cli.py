@@ -145,6 +145,17 @@ def test_wrong_input_has_its_own_exit_code(kit, tmp_path, capsys, more, data, me
     assert message in capsys.readouterr().err.replace("\n", "")
 
 
+def test_remedies_are_flags_of_the_command_line(kit, tmp_path, capsys) -> None:
+    """The same errors serve Python and the shell: they name what both have."""
+    text = str(kit["root"] / "text.jsonl")
+    for more, data, remedy in (
+        (["--calibration", text, "--evaluation", text], None, "give the documents once as --data"),
+        (["--text_column", "body"], "text.jsonl", "text_column (--text_column)"),
+    ):
+        assert main(command(kit, tmp_path / "run", *more, data=data)) == EXIT_INPUT
+        assert remedy in capsys.readouterr().err
+
+
 def test_output_below_a_file(kit, tmp_path, capsys) -> None:
     (tmp_path / "file").write_text("")
     assert main(command(kit, tmp_path / "file" / "run")) == EXIT_INPUT

@@ -137,6 +137,23 @@ def test_folders(tmp_path) -> None:
         check_config(tmp_path / "good")
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("[]", r"holds \[\], no object"),
+        ("{}", "has no d_in and no d_sae"),
+        ('{"architecture": "topk", "d_in": 4}', "has no d_sae"),
+        ('{"d_in": 4, "d_sae": 8, "metadata": null}', "has a metadata that is no object"),
+    ],
+)
+def test_what_a_configuration_must_hold(tmp_path, content, problem) -> None:
+    (tmp_path / "cfg.json").write_text(content)
+    message = rf"the cfg.json of SAE .* {problem}; it must be a JSON object with architecture, d_in"
+    for read in (check_config, open_sae):
+        with pytest.raises(CertifyError, match=message):
+            read(tmp_path)
+
+
 def test_sparsify_folders(tmp_path) -> None:
     folder = write(checkpoint(d_in=D_MODEL), tmp_path / "layers.1")
     check_config(folder, hooked_transformer())
