@@ -46,6 +46,6 @@ class SelfLoading:
 
     def fold_W_dec_norm(self) -> None:  # noqa: N802 (SAELens's name)
         """Refuse: rescaling features changes which of them are selected."""
-        raise NotImplementedError(
+        raise NotImplementedError(  # what SAELens raises where it refuses the same
             f"folding decoder norms would change which features {type(self).__name__} selects"
         )
