@@ -166,14 +166,15 @@ def test_doubled_part_is_found(folder) -> None:
 def test_a_run_is_named_by_its_folder_or_its_certificate(folder, tmp_path) -> None:
     assert verify(folder / CERTIFICATE).n_sequences == len(EVALUATION)
     assert Certificate.load(str(folder / CERTIFICATE)).measured.n_sequences == len(EVALUATION)
+    cases: list[tuple[Any, str]] = [
+        (None, "give the folder of a run, not NoneType"),
+        (Certificate.load(folder), r"not Certificate.*certificate\.save\(folder\)"),
+        (folder / MANIFEST, "is a file; give the folder"),
+        (tmp_path / "typo", "there is no folder .*typo"),
+        (tmp_path / "typo" / CERTIFICATE, "there is no folder .*typo"),
+    ]
     for read in (verify, Certificate.load):
-        for wrong, message in (
-            (None, "give the folder of a run, not NoneType"),
-            (Certificate.load(folder), r"not Certificate.*certificate\.save\(folder\)"),
-            (folder / MANIFEST, "is a file; give the folder"),
-            (tmp_path / "typo", "there is no folder .*typo"),
-            (tmp_path / "typo" / CERTIFICATE, "there is no folder .*typo"),
-        ):
+        for wrong, message in cases:
             with pytest.raises(CertifyError, match=message) as raised:
                 read(wrong)
             assert raised.type is CertifyError  # wrong input, no damaged evidence
