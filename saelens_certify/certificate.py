@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,17 +11,35 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from saelens_certify.bounds import Bound, Measured, certificates, log_binom, loss_range, mean_up
+from saelens_certify.bounds import (
+    Bound,
+    Losses,
+    Measured,
+    Stop,
+    certificates,
+    first_stop,
+    log_binom,
+    loss_range,
+    mean_up,
+    sharp_certificates,
+    sharp_sequence,
+    with_assumptions,
+)
 from saelens_certify.bounds import uniform_baseline as log2_vocab
+from saelens_certify.bounds.shuffle import ShuffleTest
+from saelens_certify.bounds.statements import check_family, shared_delta
+from saelens_certify.bounds.times import looks
 from saelens_certify.config import CertifyConfig
+from saelens_certify.controls import measured_controls, shuffle_metrics, shuffle_tests
+from saelens_certify.envelope import EVAL_TYPE, envelope
 from saelens_certify.errors import EvidenceError
 from saelens_certify.evidence import (
     CALIBRATION,
     CERTIFICATE,
+    CLUSTER,
     EVIDENCE,
-    MANIFEST,
     RunFolder,
     finished_run,
     load_calibration,
@@ -31,14 +47,16 @@ from saelens_certify.evidence import (
     read_table,
     reading,
 )
-from saelens_certify.manifest import Manifest, provenance
+from saelens_certify.manifest import Manifest
 from saelens_certify.pool import Calibration, Pool
-from saelens_certify.storage import dump_json, sha256_file, write_atomically
+from saelens_certify.schedule import part_clusters, part_slices
+from saelens_certify.sealing import file_hashes, join_parts
+from saelens_certify.storage import dump_json, write_atomically
+from saelens_certify.verdict import verdict
 
-EVAL_TYPE = "faithfulness_certificate"
-
-HEADLINE = "u_sae"
-"""The bound behind the verdict: valid because the pool is fixed by disjoint calibration documents."""
+HEADLINE = "sharp_betting"
+"""The bound behind the verdict, whatever the data say: valid because the pool is fixed by disjoint
+calibration documents, and the order of the sequences by their hashes."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +87,30 @@ class Certificate:
         return self.calibration.pool(self.config.tau)
 
     @cached_property
+    def clusters(self) -> tuple[str, ...] | None:
+        """The cluster of each sequence; None if all count as independent."""
+        if CLUSTER not in self.evidence.column_names:
+            return None
+        names = self.evidence.column(CLUSTER).to_pylist()
+        if not any(names):
+            return None
+        ids = self.evidence.column("sequence").to_pylist()
+        return tuple(name or own for name, own in zip(names, ids, strict=True))
+
+    @cached_property
+    def losses(self) -> Losses:
+        """The losses of all evaluation sequences, checked."""
+        return Losses.check(
+            loss_base=self.column("loss_base"),
+            loss_sae=self.column("loss_sae"),
+            loss_pool=self.column("loss_pool"),
+            violation=self.column("violation"),
+            vocab_size=self.vocab_size,
+            alpha=self.config.alpha,
+            clusters=self.clusters,
+        )
+
+    @cached_property
     def measured(self) -> Measured:
         """The measured terms, each rounded up."""
         return Measured.from_sequences(
@@ -76,18 +118,96 @@ class Certificate:
             loss_sae=self.column("loss_sae"),
             loss_pool=self.column("loss_pool"),
             violation=self.column("violation"),
+            clusters=self.clusters,
         )
 
     @cached_property
     def bounds(self) -> dict[str, Bound]:
-        """Every bound by name: u_sae, u_sae_occam, direct_base, direct_pool, preprint."""
-        return certificates(
-            self.measured,
-            vocab_size=self.vocab_size,
-            dict_size=self.dict_size,
-            pool_size=self.pool.size,
-            alpha=self.config.alpha,
-            delta=self.config.delta,
+        """Every bound by name.
+
+        u_sae, u_sae_occam, direct_base, direct_pool, preprint (not if the run could stop early: their N must be
+        fixed), and those of `saelens_certify.bounds.SHARP`.
+        """
+        return self.bounds_at(self.config.delta, self.config.simultaneous)
+
+    def bounds_at(self, delta: float, simultaneous: int = 1) -> dict[str, Bound]:
+        """Every bound at another confidence, from the same evidence.
+
+        Args:
+            delta: Failure probability, chosen without regard to the results.
+            simultaneous: How many certificates are to hold at once with probability 1 - delta; each
+                is computed at delta / simultaneous (Bonferroni).
+
+        Returns:
+            As `bounds`.
+
+        Raises:
+            CertifyError: For an impossible value.
+        """
+        check_family(delta, simultaneous)
+        constants: dict[str, Any] = {
+            "dict_size": self.dict_size,
+            "pool_size": self.pool.size,
+            "delta": delta / simultaneous,
+        }
+        found: dict[str, Bound] = {}
+        if not self.time_uniform:
+            found = certificates(
+                self.measured,
+                vocab_size=self.vocab_size,
+                alpha=self.config.alpha,
+                **constants,
+            )
+        found |= sharp_certificates(self.losses, time_uniform=self.time_uniform, **constants)
+        return with_assumptions(found, 1 - delta, *self._dependence(), *shared_delta(simultaneous))
+
+    @property
+    def time_uniform(self) -> bool:
+        """Whether the number of sequences was allowed to depend on their losses (``config.until``)."""
+        return self.config.until is not None
+
+    @cached_property
+    def stop(self) -> Stop | None:
+        """Why and after how many sequences a run with ``config.until`` was decided; None if it was not."""
+        if self.config.until is None:
+            return None
+        config = self.config
+        return first_stop(self.losses, self.config.until, config.share, name=config.until_bound)
+
+    def sequence(
+        self, name: str = HEADLINE, times: ArrayLike | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Return a sharp bound after every number of sequences, all of them valid at once.
+
+        The first number at which it falls below a baseline is therefore itself a result, however one looks.
+
+        Args:
+            name: A key of `saelens_certify.bounds.SHARP`.
+            times: Numbers of sequences (or clusters, where sequences were clustered); by default each up to 64,
+                then eight for every doubling.
+
+        Returns:
+            The numbers, and the bounds: bits per token, non-increasing.
+
+        Raises:
+            CertifyError: For an unknown name or impossible times.
+        """
+        when = looks(self.measured.n_sequences) if times is None else np.asarray(times)
+        complexity = float(log_binom(self.dict_size, self.pool.size))
+        share = self.config.share
+        return when, sharp_sequence(name, self.losses, share, when, complexity=complexity)
+
+    def _dependence(self) -> tuple[str, ...]:
+        n, units = self.evidence.num_rows, self.measured.n_sequences
+        if self.config.dependence == "ignore":
+            return (
+                "Sequences that repeat each other were not looked for and count as independent.",
+            )
+        if units == n:
+            return ()
+        return (
+            f"{n} sequences form {units} clusters (several of one document, or near duplicates). Each cluster "
+            "counts as one draw, by its mean: the bounds are about the expected mean of a cluster.",
         )
 
     @property
@@ -113,27 +233,24 @@ class Certificate:
         }
 
     @property
+    def headline(self) -> Bound:
+        """The bound behind the verdict: that which ``until`` looked at, else sharp_betting."""
+        return self.bounds[self.config.until_bound if self.time_uniform else HEADLINE]
+
+    @property
     def nonvacuous(self) -> bool:
-        """Whether the headline bound (`u_sae`) is below the loss of a uniform guess."""
-        return self.bounds[HEADLINE].nonvacuous(self.baselines["uniform"])
+        """Whether the headline bound is below the loss of a uniform guess."""
+        return self.headline.nonvacuous(self.baselines["uniform"])
 
     @cached_property
     def controls(self) -> dict[str, dict[str, float]]:
         """Measured controls by name: risk, gap to the model and KL of permuted or random decoders."""
-        names = [
-            name.removeprefix("loss_")
-            for name in self.evidence.column_names
-            if name.startswith(("loss_permuted_", "loss_random_decoder"))
-        ]
-        base = self.column("loss_base")
-        return {
-            name: {
-                "risk": mean_up(self.column(f"loss_{name}")),
-                "gap": mean_up(np.abs(base - self.column(f"loss_{name}"))),
-                "kl": mean_up(self.column(f"kl_{name}")),
-            }
-            for name in names
-        }
+        return measured_controls(self)
+
+    @cached_property
+    def shuffle_tests(self) -> dict[str, ShuffleTest]:
+        """The SAE against its controls, by kind: permuted, matched, random_decoder."""
+        return shuffle_tests(self)
 
     def column(self, name: str) -> NDArray[Any]:
         """Return one column of the evidence as an array."""
@@ -153,25 +270,7 @@ class Certificate:
 
     def verdict(self) -> str:
         """Return the result in one sentence."""
-        bound, uniform = self.bounds[HEADLINE], self.baselines["uniform"]
-        unigram = self.baselines["unigram"]
-        said = (
-            f"With {percent(bound.confidence)} confidence the model's expected smoothed loss "
-            f"(alpha = {self.config.alpha:g}) is at most {bound.value:.2f} bits per token by way of "
-            "this SAE"
-        )
-        if not self.nonvacuous:
-            return (
-                f"{said}: vacuous, a uniform guess over {self.vocab_size} tokens has {uniform:.2f}."
-            )
-        beyond = (
-            f"and {unigram - bound.value:.2f} below the measured loss of a unigram model ({unigram:.2f})"
-            if bound.nonvacuous(unigram)
-            else f"but no better than the measured loss of a unigram model ({unigram:.2f})"
-        )
-        return (
-            f"{said}: {uniform - bound.value:.2f} below a uniform guess ({uniform:.2f}) {beyond}."
-        )
+        return verdict(self)
 
     def to_metrics(self) -> dict[str, dict[str, float]]:
         """Return flat numbers in the nesting of ``sae_lens.run_evals``.
@@ -182,6 +281,7 @@ class Certificate:
         """
         measured, config = self.measured, self.config
         flat: dict[str, float] = {name: bound.value for name, bound in self.bounds.items()}
+        flat |= {f"{n}_lower": b.lower for n, b in self.bounds.items() if b.lower is not None}
         flat |= {
             "risk_base": measured.risk_base,
             "risk_sae": measured.risk_sae,
@@ -207,6 +307,7 @@ class Certificate:
         }
         for name, control in self.controls.items():
             flat |= {f"{key}_{name}": value for key, value in control.items()}
+        flat |= shuffle_metrics(self.shuffle_tests)
         return {EVAL_TYPE: flat}
 
     def to_json(self, files: Mapping[str, str]) -> dict[str, Any]:
@@ -218,38 +319,7 @@ class Certificate:
         Returns:
             Plain JSON values, a pure function of the run: nothing in it is free to change.
         """
-        sae = self.manifest["sae"]
-        origin = sae.get("origin", {})
-        identity = json.dumps(self.manifest["identity"], sort_keys=True)
-        return {
-            "eval_type_id": EVAL_TYPE,
-            "eval_config": self.manifest["config"],
-            "eval_id": str(uuid.uuid5(uuid.NAMESPACE_OID, identity)),
-            "datetime_epoch_millis": self.manifest["created_epoch_millis"],
-            "eval_result_metrics": self.to_metrics(),
-            "eval_result_details": [],
-            "sae_bench_commit_hash": "",
-            "sae_lens_id": origin.get("sae_id") or sae["id"],
-            "sae_lens_release_id": origin.get("release"),
-            "sae_lens_version": self.manifest["versions"]["sae-lens"],
-            "sae_cfg_dict": sae["config"],
-            "eval_result_unstructured": {
-                "verdict": self.verdict(),
-                "bounds": {
-                    name: {
-                        "value": bound.value,
-                        "confidence": bound.confidence,
-                        "theorem": bound.theorem,
-                        "assumptions": list(bound.assumptions),
-                        "terms": dict(bound.terms),
-                    }
-                    for name, bound in self.bounds.items()
-                },
-                "provenance": provenance(self.manifest),
-                "identity": self.manifest["identity"],
-                "files": dict(sorted(files.items())),
-            },
-        }
+        return envelope(self, files)
 
     def save(self, path: str | Path) -> Path:
         """Write the run's folder; files already there from the same run are kept as they are.
@@ -269,9 +339,9 @@ class Certificate:
                 f"{str(path)!r} already holds a repetition of this run; choose another folder"
             )
         folder.save_calibration(self.calibration)
-        size = self.config.part_sequences
-        for index, start in enumerate(range(0, self.evidence.num_rows, size)):
-            folder.write_part(index, self.evidence.slice(start, size).combine_chunks())
+        for index, part in enumerate(part_slices(self.config, part_clusters(self.evidence))):
+            table = self.evidence.slice(part.start, part.stop - part.start)
+            folder.write_part(index, table.combine_chunks())
         return self.seal(folder)
 
     def seal(self, folder: RunFolder) -> Path:
@@ -305,75 +375,8 @@ class Certificate:
         return certificate
 
 
-def percent(confidence: float) -> str:
-    """Write a confidence without rounding it up: 95%, 99.9%."""
-    return f"{100 * confidence:.12g}%"
-
-
-def file_hashes(folder: RunFolder) -> dict[str, str]:
-    """Hash every file that a certificate rests on, by name relative to the run's folder."""
-    files = [folder.path / MANIFEST, folder.path / CALIBRATION, *folder.parts()]
-    return {file.relative_to(folder.path).as_posix(): sha256_file(file) for file in files}
-
-
-def check_seal(folder: RunFolder) -> None:
-    """If the folder holds a finished run, check that its files are still those it was sealed over.
-
-    Raises:
-        EvidenceError: Naming the file that is missing or not the one that was certified.
-    """
-    if (folder.path / CERTIFICATE).exists():
-        compare_hashes(folder, read_json(folder.path / CERTIFICATE))
-
-
-def compare_hashes(folder: RunFolder, stored: Mapping[str, Any]) -> dict[str, str]:
-    """Compare every file of a run with the hash in its certificate.
-
-    Returns:
-        The hashes, by name.
-
-    Raises:
-        EvidenceError: Naming the file.
-    """
-    try:
-        hashes = file_hashes(folder)
-    except FileNotFoundError as error:
-        raise EvidenceError(f"{error.filename} is missing; the certificate rests on it") from None
-    with reading(folder.path / CERTIFICATE):
-        recorded: dict[str, str] = dict(stored["eval_result_unstructured"]["files"])
-    for name in sorted(hashes.keys() | recorded.keys()):
-        if name not in hashes:
-            raise EvidenceError(f"{folder.path / name} is missing; the certificate rests on it")
-        if hashes[name] != recorded.get(name):
-            raise EvidenceError(
-                f"{folder.path / name} is not the file that was certified: its SHA-256 is "
-                f"{hashes[name][:12]}…, the certificate has {str(recorded.get(name))[:12]}…"
-            )
-    return hashes
-
-
-def join_parts(tables: list[pa.Table], where: Path) -> pa.Table:
-    """Join evidence parts and check that every sequence is there once, in order.
-
-    Raises:
-        EvidenceError: If there is no part, columns differ, or a sequence is doubled.
-    """
-    if not tables:
-        raise EvidenceError(f"{where} holds no evidence: the run has not measured anything yet")
-    try:
-        evidence = pa.concat_tables(tables).combine_chunks()
-    except pa.ArrowException as error:
-        raise EvidenceError(f"the parts in {where} have different columns: {error}") from error
-    ids = evidence.column("sequence").to_pylist()
-    if len(set(ids)) != len(ids):
-        raise EvidenceError(f"the parts in {where} hold some sequences twice")
-    if ids != sorted(ids):
-        raise EvidenceError(f"the parts in {where} are not in the order of their sequences")
-    return evidence
-
-
 def check_complete(certificate: Certificate, where: Path) -> None:
-    """Check that all sequences that the manifest announces were calibrated and measured.
+    """Check that all sequences that the manifest announces were calibrated and measured, or enough to stop.
 
     Raises:
         EvidenceError: If not.
@@ -383,8 +386,10 @@ def check_complete(certificate: Certificate, where: Path) -> None:
         ("calibration", certificate.calibration.n_sequences),
         ("evaluation", certificate.evidence.num_rows),
     ):
-        if found != data[name]["n_sequences"]:
+        announced = data[name]["n_sequences"]
+        stopped = name == "evaluation" and found < announced and certificate.stop is not None
+        if found != announced and not stopped:
             raise EvidenceError(
-                f"{where} holds {found} {name} sequences, its manifest announces "
-                f"{data[name]['n_sequences']}; run again with the same settings to finish it"
+                f"{where} holds {found} {name} sequences, its manifest announces {announced}; run again "
+                "with the same settings to finish it"
             )

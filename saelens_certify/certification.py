@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from saelens_certify.certificate import Certificate, check_seal, join_parts
+from saelens_certify.certificate import Certificate
 from saelens_certify.config import CertifyConfig
 from saelens_certify.data import Sequences, as_sequences, check_disjoint
 from saelens_certify.data.stores import is_store
+from saelens_certify.dependence import independent_draws
 from saelens_certify.evidence import EVIDENCE, RunFolder, reading, to_table
 from saelens_certify.forward import ForwardEngine, choose_strategy
-from saelens_certify.manifest import build_manifest
+from saelens_certify.manifest import Manifest, build_manifest
 from saelens_certify.measure import Subject, calibrate, measure
 from saelens_certify.pool import Calibration
 from saelens_certify.positions import special_token_ids
@@ -28,10 +30,12 @@ from saelens_certify.preflight import (
     warn_about_bos,
     warn_about_training_positions,
 )
-from saelens_certify.proxies import variants_of
+from saelens_certify.proxies import check_controls, variants_of
 from saelens_certify.saes import SAEAdapter, adapt
 from saelens_certify.saes.loading import open_sae
 from saelens_certify.saes.selfcheck import self_check
+from saelens_certify.schedule import part_slices
+from saelens_certify.sealing import check_seal, join_parts
 from saelens_certify.store_draws import resolve_stores, sequences_of_store
 
 _PROBE_SEQUENCES = 4
@@ -45,6 +49,7 @@ def certify(
     calibration: Any,
     evaluation: Any,
     config: CertifyConfig | None = None,
+    until: str | float | None = None,
     output: str | Path | None = None,
     sae_id: str | None = None,
 ) -> Certificate:
@@ -65,6 +70,9 @@ def certify(
             ActivationsStore (see `resolve_stores`).
         evaluation: Evaluation documents, disjoint from the calibration documents.
         config: Settings; the published protocol is ``CertifyConfig(coding="topk:64")``.
+        until: In place of ``config.until``: stop as soon as the verdict is valid (``"nonvacuous"``), valid or
+            out of reach (``"decided"``), or the bound is at most so many bits per token. Every bound of
+            such a certificate is time-uniform; `Certificate.stop` says why and when it was decided.
         output: Folder for manifest, evidence and certificate. None keeps everything in memory.
         sae_id: Name under which a live SAE is recorded.
 
@@ -77,6 +85,8 @@ def certify(
         EvidenceError: If ``output`` holds another run or damaged files.
     """
     config = CertifyConfig.check(config)
+    if until is not None:
+        config = dataclasses.replace(config, until=until)
     loaded = open_sae(sae)
     sae = loaded.sae
     adapter = adapt(sae)
@@ -84,12 +94,14 @@ def certify(
     check_settings(model, config)
     check_bare(model, sae)
     check_pair(model, sae)
+    check_controls(adapter, config)
     calibration, evaluation = resolve_stores(model, calibration, evaluation, config)
     documents = {
         name: sequences_for(model, data, config).canonical()
         for name, data in (("calibration", calibration), ("evaluation", evaluation))
     }
     check_disjoint(documents["calibration"], documents["evaluation"])
+    documents["evaluation"], clusters = independent_draws(documents["evaluation"], config)
     warn_about_training_positions(sae.cfg.metadata)
     for name, sequences in documents.items():
         warn_about_bos(model, sequences, name)
@@ -116,8 +128,9 @@ def certify(
         folder, manifest = RunFolder.open(output, manifest)
         check_seal(folder)
     calibrated = _calibrate(engine, adapter, documents["calibration"], config, folder)
-    evidence = _evaluate(engine, adapter, calibrated, documents["evaluation"], config, folder)
-    certificate = Certificate(manifest, calibrated, evidence)
+    certificate = _evaluate(
+        engine, adapter, manifest, calibrated, documents["evaluation"], clusters, config, folder
+    )
     if folder is not None:
         with reading(folder.path):
             certificate.seal(folder)
@@ -179,34 +192,46 @@ def _calibrate(
 def _evaluate(
     engine: ForwardEngine,
     adapter: SAEAdapter,
+    manifest: Manifest,
     calibration: Calibration,
     sequences: Sequences,
+    clusters: Sequence[str | None] | None,
     config: CertifyConfig,
     folder: RunFolder | None,
-) -> pa.Table:
-    """Measure part by part, skipping the parts that the folder already has."""
+) -> Certificate:
+    """Measure part by part, skipping the parts that the folder already has, until the run is decided."""
     subject = Subject(
         adapter=adapter,
         pool=calibration.pool(config.tau),
-        variants=variants_of(adapter, config),
+        variants=variants_of(adapter, config, calibration.counts),
         mean_activations=calibration.mean_activations(),
         unigram_bits=calibration.unigram_bits(config.alpha),
     )
     special = special_token_ids(engine.model)
+    where = Path(EVIDENCE) if folder is None else folder.path / EVIDENCE
     tables: list[pa.Table] = []
+    parts = part_slices(config, clusters or [None] * len(sequences))
     with _progress("evaluation", sequences, 0, config) as bar:
-        for index, start in enumerate(range(0, len(sequences), config.part_sequences)):
-            part = slice(start, start + config.part_sequences)
+        for index, part in enumerate(parts):
             tokens, ids = sequences.tokens[part], sequences.hashes[part]
             table = None if folder is None else folder.read_part(index, ids)
             if table is None:
                 columns = measure(engine, {_NAME: subject}, tokens, config, special)[_NAME]
-                table = to_table(ids, sequences.document_ids[part], columns)
+                table = to_table(
+                    ids,
+                    sequences.document_ids[part],
+                    columns,
+                    None if clusters is None else clusters[part],
+                )
                 if folder is not None:
                     folder.write_part(index, table)
             tables.append(table)
             bar.update(tokens.numel())
-    return join_parts(tables, Path(EVIDENCE) if folder is None else folder.path / EVIDENCE)
+            if config.until is not None:
+                so_far = Certificate(manifest, calibration, join_parts(tables, where))
+                if so_far.stop is not None:
+                    break
+    return Certificate(manifest, calibration, join_parts(tables, where))
 
 
 def _progress(what: str, sequences: Sequences, done: int, config: CertifyConfig) -> tqdm:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from saelens_certify.config import CertifyConfig
-from saelens_certify.config_help import setting_descriptions
+from saelens_certify.config_help import setting_descriptions, setting_kind
 
 
 def add_settings(
@@ -32,8 +32,7 @@ def add_settings(
         if isinstance(field.default, bool):
             keywords["action"] = argparse.BooleanOptionalAction
         else:
-            # Settings that default to None are numbers that depend on the machine.
-            kind = int if field.default is None else type(field.default)
+            kind = setting_kind(field)
             keywords |= {"type": kind, "metavar": kind.__name__.upper()}
         group.add_argument(f"--{field.name}", **keywords)
 

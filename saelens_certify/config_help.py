@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from saelens_certify.config import CertifyConfig
 
@@ -19,3 +20,11 @@ def setting_descriptions() -> dict[str, str]:
         elif stripped and texts:
             texts[next(reversed(texts))] += f" {stripped}"
     return {name: text.replace("``", "") for name, text in texts.items()}
+
+
+def setting_kind(field: dataclasses.Field[Any]) -> type:
+    """Return the type in which a setting is given on a command line."""
+    if field.default is not None:
+        return type(field.default)
+    # Settings that default to None are rules, or numbers that depend on the machine.
+    return str if "str" in str(field.type) else int

@@ -28,10 +28,15 @@ MANIFEST = "manifest.json"
 CALIBRATION = "calibration.safetensors"
 EVIDENCE = "evidence"
 CERTIFICATE = "certificate.json"
+CLUSTER = "cluster"
+"""Column with the name of the cluster of a sequence that repeats others; null for all others."""
 
 
 def to_table(
-    sequence_ids: Sequence[str], document_ids: Sequence[str], columns: Columns
+    sequence_ids: Sequence[str],
+    document_ids: Sequence[str],
+    columns: Columns,
+    clusters: Sequence[str | None] | None = None,
 ) -> pa.Table:
     """Put measured columns into a table, one row a sequence.
 
@@ -39,12 +44,16 @@ def to_table(
         sequence_ids: Content hashes.
         document_ids: Names of the documents.
         columns: Output of `measure`.
+        clusters: Clusters of the sequences, None for one by itself; no such column if they were not
+            looked for.
 
     Returns:
-        A table with ``sequence``, ``document`` and the measured columns in alphabetical order; a
+        A table with ``sequence``, ``document``, ``cluster`` and the measured columns in alphabetical order; a
         column of several numbers per sequence becomes one of fixed-size lists.
     """
     arrays = {"sequence": pa.array(sequence_ids), "document": pa.array(document_ids)}
+    if clusters is not None:
+        arrays[CLUSTER] = pa.array(clusters, type=pa.string())
     for name in sorted(columns):
         values = columns[name]
         flat = pa.array(

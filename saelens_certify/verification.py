@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from saelens_certify.certificate import Certificate, compare_hashes
+from saelens_certify.certificate import Certificate
 from saelens_certify.certification import sequences_for
 from saelens_certify.data import Sequences
 from saelens_certify.data.hashing import set_digest
@@ -24,6 +24,7 @@ from saelens_certify.positions import special_token_ids
 from saelens_certify.proxies import variants_of
 from saelens_certify.saes import adapt
 from saelens_certify.saes.loading import load_sae
+from saelens_certify.sealing import compare_hashes
 from saelens_certify.store_draws import certified_sequences
 
 REMEASURED_TOLERANCE = 1e-3
@@ -149,7 +150,7 @@ def _measure_again(
     subject = Subject(
         adapter=adapter,
         pool=certificate.pool,
-        variants=variants_of(adapter, config),
+        variants=variants_of(adapter, config, certificate.calibration.counts),
         mean_activations=certificate.calibration.mean_activations(),
         unigram_bits=certificate.calibration.unigram_bits(config.alpha),
     )

@@ -4,7 +4,10 @@ Pure arithmetic and statistics on NumPy arrays: this folder knows neither torch 
 
 - ``loss``: range of the smoothed loss, uniform baseline. ``complexity``: number of pools.
 - ``published``, ``preprint``: the certificates. ``planner``: sequences needed, floor.
-- ``means``: per-sequence evidence to measured terms. ``statements``: bounds as typed statements.
+- ``means``: per-sequence evidence to measured terms. ``clusters``: sequences that are not independent.
+  ``statements``: bounds as typed statements.
+- ``joint``: the variable whose mean bounds the risk of M. ``sharp``: the bounds that test it, ``significance``
+  p-values, ``stopping`` when a run is decided.
 - ``hoeffding``: the inequality behind all of the above. ``profile``: a bound as a function of N.
 - ``betting``, ``concentration``, ``sequences``: upper confidence bounds of any bounded mean, for one number
   of samples or for all at once. ``wealth``: the mechanism of betting. ``samples``, ``times``: what they take.
@@ -15,28 +18,47 @@ Formulas, proofs and assumptions: docs/statistics.md.
 """
 
 from saelens_certify.bounds.betting import betting_sequence, betting_upper
+from saelens_certify.bounds.clusters import cluster_means, cluster_order
 from saelens_certify.bounds.complexity import log_binom
 from saelens_certify.bounds.concentration import bernstein_upper, hoeffding_upper
+from saelens_certify.bounds.joint import Losses
 from saelens_certify.bounds.loss import loss_cap, loss_range, uniform_baseline
 from saelens_certify.bounds.means import Measured, mean_up
 from saelens_certify.bounds.planner import asymptotic_floor, sequences_needed
 from saelens_certify.bounds.preprint import preprint
 from saelens_certify.bounds.published import published, published_terms
 from saelens_certify.bounds.sequences import bernstein_sequence, hoeffding_sequence
-from saelens_certify.bounds.statements import Bound, certificates
+from saelens_certify.bounds.sharp import SHARP, sharp_sequence, sharp_value
+from saelens_certify.bounds.significance import betting_p_value, holm
+from saelens_certify.bounds.statements import (
+    Bound,
+    certificates,
+    sharp_certificates,
+    with_assumptions,
+)
+from saelens_certify.bounds.stopping import Stop, first_stop, floor_sequence
 from saelens_certify.bounds.times import log_times
 
 __all__ = [
+    "SHARP",
     "Bound",
+    "Losses",
     "Measured",
+    "Stop",
     "asymptotic_floor",
     "bernstein_sequence",
     "bernstein_upper",
+    "betting_p_value",
     "betting_sequence",
     "betting_upper",
     "certificates",
+    "cluster_means",
+    "cluster_order",
+    "first_stop",
+    "floor_sequence",
     "hoeffding_sequence",
     "hoeffding_upper",
+    "holm",
     "log_binom",
     "log_times",
     "loss_cap",
@@ -46,5 +68,9 @@ __all__ = [
     "published",
     "published_terms",
     "sequences_needed",
+    "sharp_certificates",
+    "sharp_sequence",
+    "sharp_value",
     "uniform_baseline",
+    "with_assumptions",
 ]

@@ -29,10 +29,10 @@ Bets = Literal["adaptive", "constant"]
 _CAPS: FloatArray = np.array([0.5, 0.75, LARGEST_CAP])
 _CAP_WEIGHTS: FloatArray = np.array([0.25, 0.25, 0.5])
 
-_CONSTANT: FloatArray = LARGEST_CAP * 2.0 ** (np.arange(34.0) / -2.0)
-_CONSTANT_WEIGHTS: FloatArray = 1.0 / (np.arange(34.0) + 2.0) ** 1.5
+CONSTANT_CAPS: FloatArray = LARGEST_CAP * 2.0 ** (np.arange(34.0) / -2.0)
+CONSTANT_WEIGHTS: FloatArray = 1.0 / (np.arange(34.0) + 2.0) ** 1.5
 # A double less than normalised: together at most 1 in real arithmetic, too.
-_CONSTANT_WEIGHTS *= (1.0 - 2.0**-50) / _CONSTANT_WEIGHTS.sum()
+CONSTANT_WEIGHTS *= (1.0 - 2.0**-50) / CONSTANT_WEIGHTS.sum()
 
 
 def betting_upper(
@@ -82,9 +82,9 @@ def betting_upper(
     threshold = log_threshold(delta, complexity)
     y, n = checked.distances, checked.n
     if bets == "adaptive":
-        limits, caps, weights = adaptive_limits(y, threshold), _CAPS, _CAP_WEIGHTS
+        limits, caps, weights = adaptive_bets(y, threshold)
     elif bets == "constant":
-        limits, caps, weights = None, _CONSTANT, _CONSTANT_WEIGHTS
+        limits, caps, weights = None, CONSTANT_CAPS, CONSTANT_WEIGHTS
     else:
         raise CertifyError(f"bets={bets!r} is unknown: choose 'adaptive' or 'constant'.")
     found = largest_refuted(
@@ -144,7 +144,7 @@ def betting_sequence(
     for k, t in enumerate(when.tolist()):
         refuted = largest_refuted(
             lambda mean, t=t: log_wealth_down(
-                y[:t], None, mean, _CONSTANT, _CONSTANT_WEIGHTS, impl
+                y[:t], None, mean, CONSTANT_CAPS, CONSTANT_WEIGHTS, impl
             ),
             threshold,
             max(best, SMALLEST_MEAN),
@@ -154,6 +154,18 @@ def betting_sequence(
         best = best if refuted is None else max(best, refuted)
         found[k] = best
     return checked.upper(found)
+
+
+def adaptive_bets(
+    values: FloatArray, threshold: float
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Limits, caps and weights of the bets for a fixed number of values (see ``wealth``).
+
+    Args:
+        values: In [0, 1], [n].
+        threshold: ln(1 / delta).
+    """
+    return adaptive_limits(values, threshold), _CAPS, _CAP_WEIGHTS
 
 
 def adaptive_limits(values: FloatArray, threshold: float) -> FloatArray:

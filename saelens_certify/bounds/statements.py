@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from saelens_certify.bounds.checks import integer
+from saelens_certify.bounds.complexity import log_binom
+from saelens_certify.bounds.joint import Losses
 from saelens_certify.bounds.means import Measured
 from saelens_certify.bounds.planner import PROFILES
 from saelens_certify.bounds.quantities import Quantities
+from saelens_certify.bounds.samples import log_threshold
+from saelens_certify.bounds.sharp import SHARP, Sharp, sharp_value
 
 PAPER = "Bandyopadhyay & Ekbal, arXiv:2606.18383"
 HOEFFDING = "Hoeffding (1963), Theorem 2"
 
-SAMPLING = (
+WAUDBY_SMITH = "Waudby-Smith & Ramdas, JRSS-B 86(1), 2024"
+MAURER_PONTIL = "Maurer & Pontil (2009), Theorem 4"
+
+INDEPENDENT = (
     "The evaluation sequences are independent draws from one distribution, one per document; the bound is "
-    "about the expected loss under that distribution and no other.",
-    "The number of sequences was fixed before looking at their results.",
+    "about the expected loss under that distribution and no other."
 )
+FIXED_NUMBER = "The number of sequences was fixed before looking at their results."
+ANY_TIME = (
+    "Time-uniform: the number of sequences may depend on their results; the bound holds whenever and for "
+    "whatever reason one stops."
+)
+IN_HASH_ORDER = "The sequences are taken in the order of their content hashes, which says nothing about their losses."
+SAMPLING = (INDEPENDENT, FIXED_NUMBER)
+FIXED_SAE = "Model, SAE and coding rule were fixed before looking at the evaluation sequences."
 FIXED_PROXY = (
     "Model, SAE, coding rule and pool were fixed before looking at the evaluation sequences; calibration "
     "and evaluation documents are disjoint.",
@@ -31,15 +46,16 @@ LOSS = (
 
 @dataclass(frozen=True)
 class Bound:
-    """An upper bound on an expected loss.
+    """An upper bound on an expected loss, or on a difference of two.
 
     Attributes:
-        name: Key of the bound: ``u_sae``, ``direct_base``, ...
+        name: Key of the bound: ``u_sae``, ``sharp_betting``, ...
         value: Bits per token, never below the real value of the formula.
         confidence: 1 - delta: probability, over the draw of the evaluation sequences, that the bound holds.
         theorem: What is bounded, by which formula, from which source.
         assumptions: What must be true for the confidence to be right.
         terms: The terms whose sum is the value, in bits per token, in the order of the formula.
+        lower: Lower end of a two-sided statement, bits per token; None for an upper bound alone.
     """
 
     name: str
@@ -48,6 +64,7 @@ class Bound:
     theorem: str
     assumptions: tuple[str, ...]
     terms: Mapping[str, float]
+    lower: float | None = None
 
     def nonvacuous(self, baseline: float) -> bool:
         """Whether the bound is strictly below a baseline (bits per token), such as log2 V."""
@@ -82,6 +99,11 @@ _SEPARATE = (
 _ONE_POOL = (
     "The mismatch rate is that of the one pool fixed in advance: the Occam term does not license choosing "
     "the pool on the evaluation sequences."
+)
+
+_ANY_POOL = (
+    "Holds for all pools of this size at once, mismatch included: the pool may even have been chosen on the "
+    "evaluation sequences."
 )
 
 _ASSUMPTIONS = {
@@ -146,3 +168,116 @@ def certificates(
             terms={term: float(value) for term, value in profile.terms(n).items()},
         )
     return bounds
+
+
+def sharp_certificates(
+    losses: Losses, *, dict_size: int, pool_size: int, delta: float, time_uniform: bool = False
+) -> dict[str, Bound]:
+    """Every sharp bound, from the losses of one evaluation.
+
+    Each holds with probability 1 - delta by itself, and each is a separate statement.
+
+    Args:
+        losses: The evidence, in the order of the documents' hashes.
+        dict_size: m, features of the SAE.
+        pool_size: P, features of the pool.
+        delta: Failure probability of each bound.
+        time_uniform: Whether the number of sequences may depend on their losses.
+
+    Returns:
+        The bounds of `SHARP` by name; bits per token.
+
+    Raises:
+        CertifyError: For an impossible value.
+    """
+    complexity = float(log_binom(dict_size, pool_size))
+    bounds = {}
+    for name, sharp in SHARP.items():
+        found = sharp_value(name, losses, delta, complexity=complexity, time_uniform=time_uniform)
+        bounds[name] = Bound(
+            name=name,
+            value=found.value,
+            confidence=1.0 - delta,
+            theorem=_sharp_theorem(sharp, time_uniform),
+            assumptions=_sharp_assumptions(sharp, time_uniform),
+            terms=found.terms,
+            lower=found.lower,
+        )
+    return bounds
+
+
+def with_assumptions(
+    bounds: Mapping[str, Bound], confidence: float, *further: str
+) -> dict[str, Bound]:
+    """Restate bounds with the confidence of the whole statement and further assumptions."""
+    return {
+        name: replace(bound, confidence=confidence, assumptions=(*bound.assumptions, *further))
+        for name, bound in bounds.items()
+    }
+
+
+def shared_delta(number: int) -> tuple[str, ...]:
+    """What is to be said of each of several certificates that were computed at delta / number.
+
+    Bonferroni: the probability that the bound of some name fails in any of so many certificates is at
+    most delta, however they depend on each other.
+    """
+    if number == 1:
+        return ()
+    return (
+        f"One of {number} certificates that share delta (Bonferroni): each spends delta / {number}, and this "
+        "bound holds in all of them at once with the stated confidence.",
+    )
+
+
+def check_family(delta: float, number: int) -> None:
+    """Check a failure probability and the number of certificates that share it.
+
+    Raises:
+        CertifyError: If delta is not in (0, 1), or the number not a whole number of at least 1.
+    """
+    log_threshold(delta, 0.0)
+    integer("simultaneous", number, 1, "count the certificates that are to hold at once")
+
+
+def _sharp_theorem(sharp: Sharp, time_uniform: bool) -> str:
+    if sharp.mismatch is None:
+        upper = f"{sharp.claim} <= an upper confidence bound of its mean over sequences"
+    else:
+        third = "Delta 1[violation]" if sharp.mismatch == "charged" else "|loss(S∘M) - loss(h_G)|"
+        upper = (
+            f"{sharp.claim} <= E min(loss(h_G) + |loss(M) - loss(S∘M)| + {third}, B) <= its upper "
+            "confidence bound"
+        )
+    if sharp.occam:
+        upper += ", at level delta / C(m, P): for all pools of P features at once"
+    if sharp.lower is not None:
+        upper += "; at delta / 2, and likewise from below"
+    source = {
+        (
+            "betting",
+            False,
+        ): f"betting ({WAUDBY_SMITH}, hedged capital, stakes that follow the variance)",
+        (
+            "betting",
+            True,
+        ): f"betting ({WAUDBY_SMITH}; mixture of constant bets, Ville's inequality)",
+        ("bernstein", False): f"empirical Bernstein ({MAURER_PONTIL})",
+        ("bernstein", True): f"empirical Bernstein confidence sequence ({WAUDBY_SMITH}, Theorem 2)",
+    }[sharp.method, time_uniform]
+    return f"{upper}; {source}."
+
+
+def _sharp_assumptions(sharp: Sharp, time_uniform: bool) -> tuple[str, ...]:
+    order_matters = sharp.method == "betting" or time_uniform
+    proxy = FIXED_PROXY if sharp.involves_pool and not sharp.occam else (FIXED_SAE,)
+    if sharp.occam:
+        proxy = (FIXED_SAE, _ANY_POOL, FIXED_PROXY[1])
+    return (
+        INDEPENDENT,
+        ANY_TIME if time_uniform else FIXED_NUMBER,
+        *((IN_HASH_ORDER,) if order_matters else ()),
+        *(proxy if sharp.term != "risk_base" else ()),
+        LOSS,
+        _SEPARATE,
+    )

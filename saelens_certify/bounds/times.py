@@ -9,6 +9,7 @@ from saelens_certify.bounds.checks import integer, refuse
 from saelens_certify.errors import CertifyError
 
 _PER_DOUBLING = 8
+_EVERY = 64  # samples up to which every number is looked at
 
 
 def log_times(n: int) -> NDArray[np.int64]:
@@ -27,6 +28,21 @@ def log_times(n: int) -> NDArray[np.int64]:
     powers = np.arange(int(np.log2(last) * _PER_DOUBLING) + 1)
     grid = np.floor(2.0 ** (powers / _PER_DOUBLING)).astype(np.int64)
     return np.unique(np.append(grid[grid <= last], np.int64(last)))
+
+
+def looks(n: int) -> NDArray[np.int64]:
+    """Numbers of samples after which a run that may stop is looked at: each at first, then :func:`log_times`.
+
+    Args:
+        n: Number of samples so far, at least 1.
+
+    Returns:
+        Increasing numbers; the last is n.
+
+    Raises:
+        CertifyError: If n is not a whole number of at least 1.
+    """
+    return np.union1d(np.arange(1, min(n, _EVERY) + 1), log_times(n))
 
 
 def check_times(times: ArrayLike | None, n: int) -> NDArray[np.int64]:

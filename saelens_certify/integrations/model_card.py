@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from saelens_certify.certificate import EVAL_TYPE, Certificate, percent
+from saelens_certify.certificate import Certificate
+from saelens_certify.controls import CONTROL, first_of_each_kind
+from saelens_certify.envelope import EVAL_TYPE
 from saelens_certify.errors import CertifyError
 from saelens_certify.integrations.sae_bench import check_certificate
-from saelens_certify.report.terms import BOUNDS, bound_label, control_label
+from saelens_certify.report.terms import BOUNDS, CONTROLS, bound_label, control_label
+from saelens_certify.verdict import percent
 
 _BEGIN, _END = "<!-- saelens_certify: begin{} -->", "<!-- saelens_certify: end{} -->"
 
@@ -42,6 +44,7 @@ def model_card_section(
         _bounds(said["bounds"], metrics),
         _measured(metrics),
         _controls(metrics),
+        _shuffle_tests(said["shuffle_tests"]),
         _data(certificate["eval_config"], said["provenance"], metrics),
         _HOW.format(file=f"{name}/certificate.json"),
         _LIMITS.format(alpha=certificate["eval_config"]["alpha"]),
@@ -126,11 +129,8 @@ def _measured(metrics: Mapping[str, float]) -> str:
 
 
 def _controls(metrics: Mapping[str, float]) -> str:
-    names = [
-        match.group(1)
-        for key in metrics
-        if (match := re.fullmatch(r"gap_(permuted_\d+|random_decoder.*)", key))
-    ]
+    names = [key.removeprefix("gap_") for key in metrics if key.startswith("gap_")]
+    names = first_of_each_kind(name for name in names if CONTROL.fullmatch(name))
     if not names:
         return "No controls (shuffled features, random decoder) were measured."
     rows = [
@@ -139,6 +139,25 @@ def _controls(metrics: Mapping[str, float]) -> str:
     ]
     rows.append(["this SAE", f"{metrics['risk_sae']:.4f}", f"{metrics['gap']:.4f}"])
     return _table(["control", "risk (bits/token)", "gap (bits/token)"], rows)
+
+
+def _shuffle_tests(tests: Mapping[str, Mapping[str, Any]]) -> str:
+    if not tests:
+        return ""
+    rows = [
+        [
+            CONTROLS[kind],
+            f"{tests[kind]['n_permutations']}",
+            f"{_up(tests[kind]['p_value']):.4f}",
+            f"{tests[kind]['effect']:.4f}",
+            f"{-_up(-tests[kind]['lower']):.4f} to {_up(tests[kind]['upper']):.4f}",
+            percent(tests[kind]["confidence"]),
+        ]
+        for kind in CONTROLS
+        if kind in tests
+    ]
+    header = ["shuffle test", "R", "p-value", "effect (bits/token)", "interval", "confidence"]
+    return _table(header, rows)
 
 
 def _data(

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Optional
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from saelens_certify.certificate import EVAL_TYPE
 from saelens_certify.config import CertifyConfig
-from saelens_certify.config_help import setting_descriptions
+from saelens_certify.config_help import setting_descriptions, setting_kind
+from saelens_certify.envelope import EVAL_TYPE
 from saelens_certify.errors import CertifyError, EvidenceError
-from saelens_certify.integrations.sae_bench_metrics import METRICS, SHOWN
+from saelens_certify.integrations.sae_bench_metrics import (
+    FIXED_NUMBER_ONLY,
+    METRICS,
+    SHOWN,
+    SHUFFLE_METRICS,
+)
 
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
@@ -34,13 +39,24 @@ def _entry(title: str, description: str, **more: Any) -> Any:
     return Field(title=title, description=description, **more)
 
 
+def _without_default(schema: dict[str, Any]) -> None:
+    schema.pop("default", None)
+
+
+def _setting_type(field: dataclasses.Field[Any]) -> Any:
+    kind = setting_kind(field)
+    if field.default is not None:
+        return kind
+    return (str | float | None) if kind is str else (int | None)
+
+
 _Settings: type[BaseModel] = create_model(
     "Settings",
     __base__=_Strict,
     __doc__="Settings of a certificate.",
     **{
         field.name: (
-            (int | None) if field.default is None else type(field.default),
+            _setting_type(field),
             _entry(_words(field.name), setting_descriptions()[field.name]),
         )
         for field in dataclasses.fields(CertifyConfig)
@@ -49,7 +65,7 @@ _Settings: type[BaseModel] = create_model(
 
 
 class _Numbers(BaseModel):
-    """Flat numbers; controls (permuted_i, random_decoder) have entries of their own where measured."""
+    """Flat numbers; controls (permuted_i, matched_i, random_decoder_i) have more where measured."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     __pydantic_extra__: dict[str, _Finite] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -61,12 +77,23 @@ _Metrics: type[BaseModel] = create_model(
     __doc__=_Numbers.__doc__,
     **{
         name: (
-            _Finite,
-            _entry(title, text, json_schema_extra={"ui_default_display": True})
-            if name in SHOWN
-            else _entry(title, text),
+            Optional[_Finite] if name in FIXED_NUMBER_ONLY else _Finite,  # noqa: UP045 - of an alias
+            _entry(
+                title,
+                text,
+                json_schema_extra={"ui_default_display": True} if name in SHOWN else None,
+                **({"default": None} if name in FIXED_NUMBER_ONLY else {}),
+            ),
         )
         for name, (title, text) in METRICS.items()
+    }
+    | {
+        # May be missing, but not null.
+        name: (
+            _Finite,
+            _entry(title, text, default=None, json_schema_extra=_without_default),
+        )
+        for name, (title, text) in SHUFFLE_METRICS.items()
     },  # pyright: ignore[reportCallIssue, reportArgumentType]
 )
 
@@ -93,6 +120,37 @@ class BoundEntry(_Strict):
         "Assumptions", "What must be true for the confidence to be right."
     )
     terms: dict[str, _Finite] = _entry("Terms", "Terms whose sum is the value, bits per token.")
+    lower: _Finite | None = _entry(
+        "Lower", "Lower end of a two-sided statement, bits per token.", default=None
+    )
+
+
+class StopEntry(_Strict):
+    """Why and when a run that may stop early was decided."""
+
+    reason: Literal["nonvacuous", "target", "futile"] = _entry("Reason", "What was decided.")
+    n: int = _entry("Sequences", "Sequences (or clusters) after which it was.", ge=1)
+    value: _Finite = _entry("Value", "The bound then, or the lower bound of its limit if futile.")
+
+
+class ShuffleTestEntry(_Strict):
+    """The SAE against random copies of it."""
+
+    p_value: _Finite = _entry("P-value", "(1 + b) / (1 + R), exact; never rounded down.")
+    n_permutations: int = _entry("R", "Number of copies.", ge=1)
+    b: int = _entry("b", "How many of them have a gap at most that of the SAE.", ge=0)
+    gap: _Finite = _entry("Gap", "Gap of the SAE, bits per token.")
+    control_gap: _Finite = _entry("Gap of copies", "Mean gap of the copies, bits per token.")
+    effect: _Finite = _entry("Effect", "Gap of the copies minus gap of the SAE, bits per token.")
+    lower: _Finite = _entry("Lower", "Lower confidence limit of the effect.")
+    upper: _Finite = _entry("Upper", "Upper confidence limit of the effect.")
+    confidence: _Finite = _entry(
+        "Confidence", "Probability, over the draw of the sequences, that both limits hold."
+    )
+    null: str = _entry("Null hypothesis", "What a small p-value speaks against.")
+    assumptions: list[str] = _entry(
+        "Assumptions", "What must be true for p-value and confidence to be right."
+    )
 
 
 class Documents(_Strict):
@@ -129,7 +187,13 @@ class Unstructured(_Strict):
     """What does not fit into flat metrics."""
 
     verdict: str = _entry("Verdict", "The result in one sentence.")
+    stop: StopEntry | None = _entry(
+        "Stop", "Why and when the run was decided; null if it measured a number fixed in advance."
+    )
     bounds: dict[str, BoundEntry] = _entry("Bounds", "Every bound by name, with theorem and terms.")
+    shuffle_tests: dict[str, ShuffleTestEntry] = _entry(
+        "Shuffle tests", "The SAE against its controls, by kind of control; empty without any."
+    )
     provenance: Origin = _entry("Provenance", "Model, SAE, documents and versions.")
     identity: dict[str, Any] = _entry(
         "Identity", "What two runs must have in common to be the same run: settings and SHA-256s."

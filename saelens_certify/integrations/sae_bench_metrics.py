@@ -3,13 +3,112 @@
 from __future__ import annotations
 
 SHOWN = frozenset(
-    {"u_sae", "u_sae_occam", "baseline_uniform", "baseline_unigram", "gap", "eta", "l0"}
+    {
+        "sharp_betting",
+        "u_sae",
+        "u_sae_occam",
+        "baseline_uniform",
+        "baseline_unigram",
+        "gap",
+        "eta",
+        "l0",
+    }
 )
 """The numbers that a user interface shows first."""
 
+FIXED_NUMBER_ONLY = frozenset({"u_sae", "u_sae_occam", "direct_base", "direct_pool", "preprint"})
+"""The numbers that a run which could stop early does not have."""
+
 _BITS = "bits per token"
 
+_COPIES = {
+    "permuted": ("features shuffled", "copies in which features are shuffled"),
+    "matched": (
+        "features shuffled within frequency",
+        "copies in which features are shuffled within deciles of activation frequency",
+    ),
+    "random_decoder": ("random decoders", "random decoders with the same norms"),
+}
+
+SHUFFLE_METRICS: dict[str, tuple[str, str]] = {
+    f"shuffle_{name.format(kind)}": (f"{title}, {short}", text.format(copies=copies))
+    for kind, (short, copies) in _COPIES.items()
+    for name, title, text in (
+        (
+            "p_value_{}",
+            "Shuffle test",
+            "Exact p-value (1 + b) / (1 + R): b of R {copies} have a gap at most that of the SAE.",
+        ),
+        (
+            "effect_{}",
+            "Shuffle effect",
+            f"Mean gap of {{copies}} minus that of the SAE, {_BITS}.",
+        ),
+        (
+            "effect_{}_lower",
+            "Shuffle effect, lower limit",
+            f"Lower confidence limit of the mean gap of {{copies}} minus that of the SAE, {_BITS}.",
+        ),
+        (
+            "effect_{}_upper",
+            "Shuffle effect, upper limit",
+            f"Upper confidence limit of the mean gap of {{copies}} minus that of the SAE, {_BITS}.",
+        ),
+        (
+            "share_{}",
+            "Shuffle effect, share",
+            "Effect divided by the larger of the mean gap of {copies} and the gap of the SAE.",
+        ),
+    )
+}
+"""Numbers of the shuffle tests, where controls of that kind were measured."""
+
 METRICS: dict[str, tuple[str, str]] = {
+    "sharp_betting": (
+        "Sharp bound",
+        f"Upper bound on the model's expected smoothed loss by way of the SAE, {_BITS}: one betting test of "
+        "proxy risk, gap and mismatch together. The headline.",
+    ),
+    "sharp_bernstein": (
+        "Sharp bound (Bernstein)",
+        f"The same by the empirical Bernstein inequality, {_BITS}.",
+    ),
+    "sharp_occam": (
+        "Sharp bound for all pools",
+        f"The same by betting for all pools of this size at once, {_BITS}.",
+    ),
+    "sharp_measured": (
+        "Sharp bound with measured mismatch",
+        f"The same by betting, with |loss(S∘M) - loss(h_G)| in place of the charge for violations, {_BITS}.",
+    ),
+    "sharp_direct_base": (
+        "Sharp direct bound on M",
+        f"Upper bound on the model's expected smoothed loss without any SAE, by betting, {_BITS}.",
+    ),
+    "sharp_direct_sae": (
+        "Sharp direct bound on S∘M",
+        f"Upper bound on the expected smoothed loss with the SAE spliced in, by betting, {_BITS}.",
+    ),
+    "sharp_direct_pool": (
+        "Sharp direct bound on h_G",
+        f"Upper bound on the expected smoothed loss of the pool-restricted proxy, by betting, {_BITS}.",
+    ),
+    "excess_sae": (
+        "Faithfulness gap",
+        f"Upper bound on R(S∘M) - R(M), what splicing in the SAE loses, {_BITS}.",
+    ),
+    "excess_pool": (
+        "Faithfulness gap of h_G",
+        f"Upper bound on R(h_G) - R(M), what the pool-restricted proxy loses, {_BITS}.",
+    ),
+    **{
+        f"excess_{proxy}_two_sided{end}": (
+            f"Faithfulness gap of {name}, two-sided, {side}",
+            f"{side.capitalize()} end of the interval for R({name}) - R(M), {_BITS}.",
+        )
+        for proxy, name in (("sae", "S∘M"), ("pool", "h_G"))
+        for end, side in (("", "upper"), ("_lower", "lower"))
+    },
     "u_sae": (
         "U_SAE",
         f"Upper bound on the model's expected smoothed loss by way of the SAE, {_BITS}; the pool of "

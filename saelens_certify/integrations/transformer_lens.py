@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from saelens_certify.certificate import Certificate
 from saelens_certify.config import CertifyConfig
+from saelens_certify.controls import CONTROL
 from saelens_certify.errors import CertifyError
 from saelens_certify.forward import check_hook, resolve_hook
 from saelens_certify.identity import check_sae
@@ -25,6 +25,7 @@ from saelens_certify.positions import coded_positions, special_token_ids
 from saelens_certify.proxies import (
     Variant,
     all_features,
+    matched,
     permuted,
     pool_restricted,
     random_decoder,
@@ -57,7 +58,8 @@ def proxy_hooks(
     Args:
         sae: A SAELens SAE (or how to load it), or its adapter. It is not changed.
         variant: ``"sae"``: S∘M, all features. ``"pool"``: h_G, features outside the pool masked.
-            ``"permuted_R"``: the R-th feature permutation of the seed. ``"random_decoder"``: random
+            ``"permuted_R"``: the R-th feature permutation of the seed. ``"matched_R"``: the R-th
+            within deciles of frequency, of a certificate. ``"random_decoder_R"``: random
             directions of the rows' norms. Or a `Variant`.
         pool: The concept pool of ``"pool"``: a `Certificate` of this SAE, a `Pool`, or a boolean mask over
             features.
@@ -103,7 +105,7 @@ def proxy_hooks(
         coded = coded_positions(tokens, config.positions, special_token_ids(model))
     splice = _Splice(
         adapter,
-        _variant(adapter, variant, config.seed),
+        _variant(adapter, variant, config.seed, pool),
         _pool_of(pool, adapter),
         Coding.parse(config.coding),
         coded,
@@ -193,22 +195,30 @@ class _Splice:
         return self.adapter.decode(features, codes.token_map, self.variant.decoder, impl=self.impl)
 
 
-def _variant(adapter: SAEAdapter, variant: str | Variant, seed: int) -> Variant:
+def _variant(adapter: SAEAdapter, variant: str | Variant, seed: int, pool: Any) -> Variant:
     if isinstance(variant, Variant):
         return variant
     if variant == "sae":
         return all_features()
     if variant == "pool":
         return pool_restricted()
-    if variant == "random_decoder":
-        return random_decoder(adapter, seed)
-    permutation = re.fullmatch(r"permuted_(\d+)", str(variant))
-    if permutation is None:
+    control = CONTROL.fullmatch(str(variant))
+    if control is None:
         raise CertifyError(
-            f"unknown variant {variant!r}; use 'sae', 'pool', 'permuted_0' (1, 2, ...), "
-            "'random_decoder' or a Variant"
+            f"unknown variant {variant!r}; use 'sae', 'pool', 'permuted_0' (1, 2, ...), 'matched_0', "
+            "'random_decoder_0' or a Variant"
         )
-    return permuted(adapter.d_sae, seed, int(permutation.group(1)))
+    kind, index = control.group(1), int(control.group(2))
+    if kind == "random_decoder":
+        return random_decoder(adapter, seed, index)
+    if kind == "permuted":
+        return permuted(adapter.d_sae, seed, index)
+    if not isinstance(pool, Certificate):
+        raise CertifyError(
+            f"variant {variant!r} needs pool=, a certificate: its calibration says how frequent each "
+            "feature is"
+        )
+    return matched(pool.calibration.counts, seed, index)
 
 
 def _pool_of(pool: Any, adapter: SAEAdapter) -> Pool | None:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from saelens_certify.certificate import Certificate, percent
+from saelens_certify.certificate import Certificate
 from saelens_certify.report.figure import certificate_figure
 from saelens_certify.report.table import certificate_tables
-from saelens_certify.report.terms import bound_label
+from saelens_certify.report.terms import CONTROLS, bound_label
 from saelens_certify.storage import write_atomically
+from saelens_certify.verdict import percent
 
 _STYLE = """
 body { font-family: system-ui, sans-serif; max-width: 1180px; margin: 2em auto; color: #222; }
@@ -44,6 +45,14 @@ def write_report(certificate: Certificate, path: str | Path) -> Path:
         + "</ul>"
         for name, bound in certificate.bounds.items()
     )
+    tests = "".join(
+        f"<h3>{html.escape(CONTROLS[kind])}: p = {test.p_value:.4g}, R = {test.n_permutations}</h3>"
+        f"<p>Null hypothesis: {html.escape(test.null)}</p><ul>"
+        + "".join(f"<li>{html.escape(a)}</li>" for a in test.assumptions)
+        + "</ul>"
+        for kind, test in certificate.shuffle_tests.items()
+    )
+    tests = f"<h2>What each shuffle test says</h2>{tests}" if tests else ""
     provenance = html.escape(json.dumps(certificate.manifest, indent=2, sort_keys=True))
     page = (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
@@ -51,7 +60,7 @@ def write_report(certificate: Certificate, path: str | Path) -> Path:
         "<h1>Faithfulness certificate</h1>"
         f"<p class='verdict {'yes' if certificate.nonvacuous else 'no'}'>"
         f"{html.escape(certificate.verdict())}</p>{picture}{tables}"
-        f"<h2>What each bound says, and what it assumes</h2>{bounds}"
+        f"<h2>What each bound says, and what it assumes</h2>{bounds}{tests}"
         f"<details><summary>Provenance (manifest.json)</summary><pre>{provenance}</pre></details>"
         "</body></html>"
     )

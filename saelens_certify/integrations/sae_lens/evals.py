@@ -13,9 +13,10 @@ from typing import Any, Literal, get_args
 import sae_lens.evals
 from sae_lens.evals import EvalConfig
 
-from saelens_certify.certificate import EVAL_TYPE, Certificate
+from saelens_certify.certificate import Certificate
 from saelens_certify.certification import certify, sequences_for
 from saelens_certify.config import CertifyConfig
+from saelens_certify.envelope import EVAL_TYPE
 from saelens_certify.errors import CertifyError
 from saelens_certify.forward.seams import seams_of
 from saelens_certify.integrations.sae_lens.activations_store import (
