@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="certify a bundled SAE on the bundled model")
     demo.add_argument("--sae", default=None, help="one of the bundled SAEs (default: a late layer)")
     demo.add_argument("--output", type=Path, default=Path("demo-output"), help="run's folder")
-    add_settings(demo, {"permutations": 1, "random_decoder": True})
+    add_settings(demo, {"permutations": 1, "random_decoders": 1})
     _add_result_options(demo)
     demo.set_defaults(command=_demo)
 

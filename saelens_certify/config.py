@@ -6,18 +6,22 @@ import dataclasses
 import numbers
 import operator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
+from saelens_certify.bounds.stopping import check_until
 from saelens_certify.errors import CertifyError
 from saelens_certify.ops import Impl
 from saelens_certify.saes.coding import Coding
 
 Positions = Literal["all", "no_bos"]
+Dependence = Literal["cluster", "refuse", "ignore"]
 
 _POSITIONS = ("all", "no_bos")
+_DEPENDENCE = get_args(Dependence)
 _IMPLS = ("auto", "native", "torch")
+_UNTIL_BOUNDS = ("sharp_betting", "sharp_measured")
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,22 @@ class CertifyConfig:
         seq_len: Tokens per sequence, BOS included; L - 1 of them are predicted.
         positions: ``"all"``: every position is coded and spliced (the published protocol).
             ``"no_bos"``: special positions stay as the model has them.
+        dependence: What to do with evaluation sequences that repeat each other: several of one document, or
+            near duplicates. ``"cluster"``: each such group counts as one draw, by its mean. ``"refuse"``: an
+            error that names the documents. ``"ignore"``: taken as independent, and the certificate says so.
         tau: A feature joins the pool if it is active on at least this many calibration tokens.
-        permutations: Number of feature permutations measured as controls.
-        random_decoder: Whether to measure a decoder of random directions as a control.
+        permutations: Number of feature permutations measured as controls. With R of them no p-value of the
+            shuffle test is below 1 / (1 + R).
+        matched_permutations: Number of permutations within deciles of activation frequency on
+            calibration documents, measured as controls.
+        random_decoders: Number of decoders with random directions and the SAE's own norms, measured as
+            controls.
+        until: Measure until the verdict is valid, looking all the time: ``"nonvacuous"`` (the bound is below
+            a uniform guess), ``"decided"`` (also when no number of sequences can make it so), or a number
+            of bits per token. None: measure every evaluation sequence. With it every bound is time-uniform.
+        until_bound: The sharp bound that ``until`` looks at, ``"sharp_betting"`` or ``"sharp_measured"``.
+        simultaneous: Number of certificates (SAEs, layers, settings) that share delta, so that they all
+            hold at once: each spends delta / simultaneous.
         seed: Seed of the controls; on the command line also of the division of --data.
         part_sequences: Sequences per evidence part: what a killed run may lose.
         batch_tokens: Tokens per forward pass; None: 2048 on a CPU, whose caches larger activations
@@ -54,9 +71,14 @@ class CertifyConfig:
     delta: float = 0.05
     seq_len: int = 32
     positions: Positions = "all"
+    dependence: Dependence = "cluster"
     tau: int = 1
     permutations: int = 0
-    random_decoder: bool = False
+    matched_permutations: int = 0
+    random_decoders: int = 0
+    until: str | float | None = None
+    until_bound: str = "sharp_betting"
+    simultaneous: int = 1
     seed: int = 0
     part_sequences: int = 512
 
@@ -79,6 +101,9 @@ class CertifyConfig:
             "seq_len": 2,
             "tau": 1,
             "permutations": 0,
+            "matched_permutations": 0,
+            "random_decoders": 0,
+            "simultaneous": 1,
             "part_sequences": 1,
             "batch_tokens": 1,
             "logits_mib": 1,
@@ -97,13 +122,27 @@ class CertifyConfig:
         if seed is None:
             raise CertifyError(f"seed must be an integer, got {self.seed!r}")
         object.__setattr__(self, "seed", seed)
-        for name in ("random_decoder", "progress"):
-            if not isinstance(getattr(self, name), bool):
-                raise CertifyError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.progress, bool):
+            raise CertifyError(f"progress must be True or False, got {self.progress!r}")
+        object.__setattr__(self, "until", check_until(self.until))
+        if self.until_bound not in _UNTIL_BOUNDS:
+            raise CertifyError(
+                f"until_bound must be one of {_UNTIL_BOUNDS}, got {self.until_bound!r}"
+            )
         if self.positions not in _POSITIONS:
             raise CertifyError(f"positions must be one of {_POSITIONS}, got {self.positions!r}")
+        if self.dependence not in _DEPENDENCE:
+            raise CertifyError(
+                f"dependence must be one of {_DEPENDENCE}, got {self.dependence!r}; "
+                "cluster counts sequences that repeat each other as one"
+            )
         if self.impl not in _IMPLS:
             raise CertifyError(f"impl must be one of {_IMPLS}, got {self.impl!r}")
+
+    @property
+    def share(self) -> float:
+        """Failure probability of each bound of this certificate: delta / simultaneous."""
+        return self.delta / self.simultaneous
 
     def tokens_per_pass(self, device: torch.device) -> int:
         """Tokens that a model on this device is given at a time."""

@@ -16,12 +16,17 @@ from torch import Tensor
 
 from saelens_certify.config import CertifyConfig
 from saelens_certify.errors import CertifyError
+from saelens_certify.frequency import frequency_groups, permutation_within
 from saelens_certify.ops import SparseCodes
 from saelens_certify.saes import Codes, SAEAdapter
 
 # Streams of the run's seed, so that adding one kind of control does not change another.
 _PERMUTATION_STREAM = 1
 _DECODER_STREAM = 2
+_MATCHED_STREAM = 3
+
+# Random decoders of a run that take more bytes than this are drawn anew for every batch.
+_KEPT_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -31,15 +36,20 @@ class Variant:
     Attributes:
         name: Suffix of its evidence columns.
         rewrite: Turns the codes of a batch into the codes that are decoded.
-        decoder: Decoder rows to use in place of the SAE's own.
+        make_decoder: Returns decoder rows to use in place of the SAE's own; always the same.
         only_violations: Whether it differs from S∘M only on sequences that violate the pool; on the
             others it is S∘M, exactly, and is not run.
     """
 
     name: str
     rewrite: Callable[[Codes], SparseCodes]
-    decoder: Float[Tensor, "d_sae d_out"] | None = None
+    make_decoder: Callable[[], Float[Tensor, "d_sae d_out"]] | None = None
     only_violations: bool = False
+
+    @property
+    def decoder(self) -> Float[Tensor, "d_sae d_out"] | None:
+        """Decoder rows to use in place of the SAE's own; None for its own."""
+        return None if self.make_decoder is None else self.make_decoder()
 
 
 def all_features() -> Variant:
@@ -66,47 +76,118 @@ def permuted(d_sae: int, seed: int, index: int = 0) -> Variant:
     return Variant(f"permuted_{index}", lambda codes: codes.features.map_indices(permutation))
 
 
+def matched(counts: Int[Tensor, " d_sae"], seed: int, index: int = 0) -> Variant:
+    """A feature shuffle among features of like frequency.
+
+    As `permuted`, but each feature is decoded in the direction of one in its own decile of calibration
+    frequency (`frequency_groups`): what frequency alone explains, this leaves.
+
+    Args:
+        counts: Number of calibration tokens on which each feature is active.
+        seed: Seed of the run.
+        index: Which of several permutations.
+    """
+    permutation = matched_permutation(counts, seed, index)
+    return Variant(f"matched_{index}", lambda codes: codes.features.map_indices(permutation))
+
+
 def random_decoder(
-    adapter: SAEAdapter, seed: int, norm: Literal["unit", "matched"] = "matched"
+    adapter: SAEAdapter,
+    seed: int,
+    index: int = 0,
+    norm: Literal["unit", "matched"] = "matched",
+    keep: bool = True,
 ) -> Variant:
     """Decode with random directions.
 
     Args:
         adapter: The SAE whose decoder is replaced.
         seed: Seed of the run.
+        index: Which of several decoders.
         norm: ``"matched"``: each row has the norm of the row it replaces; ``"unit"``: norm 1.
+        keep: Whether to keep the rows in memory rather than draw them each time they are used.
 
     Raises:
-        CertifyError: If norms are to be matched and the SAE has no decoder rows.
+        CertifyError: If the SAE has no decoder rows.
     """
-    if adapter.decoder is None:
-        raise CertifyError(
-            f"architecture {adapter.architecture!r} has no W_dec of shape [d_sae, d_out] = "
-            f"[{adapter.d_sae}, {adapter.d_out}] that a random decoder could take the place of; set "
-            "random_decoder=False"
-        )
-    generator = torch.Generator().manual_seed(_stream_seed(seed, _DECODER_STREAM, 0))
-    rows = torch.randn(adapter.d_sae, adapter.d_out, generator=generator)
-    rows = rows / rows.norm(dim=-1, keepdim=True)
-    rows = rows.to(adapter.device)
-    if norm == "matched":
-        rows = rows * adapter.decoder.float().norm(dim=-1, keepdim=True)
-    return Variant("random_decoder", lambda codes: codes.features, decoder=rows)
+    own = _rows(adapter)
+
+    def draw() -> Float[Tensor, "d_sae d_out"]:
+        generator = torch.Generator().manual_seed(_stream_seed(seed, _DECODER_STREAM, index))
+        rows = torch.randn(adapter.d_sae, adapter.d_out, generator=generator)
+        rows = rows / rows.norm(dim=-1, keepdim=True)
+        rows = rows.to(adapter.device)
+        return rows * own.float().norm(dim=-1, keepdim=True) if norm == "matched" else rows
+
+    kept = draw() if keep else None
+    return Variant(
+        f"random_decoder_{index}",
+        lambda codes: codes.features,
+        make_decoder=draw if kept is None else lambda: kept,
+    )
 
 
-def variants_of(adapter: SAEAdapter, config: CertifyConfig) -> tuple[Variant, ...]:
-    """Return the variants that a certificate measures: S∘M, h_G and the controls asked for."""
+def variants_of(
+    adapter: SAEAdapter, config: CertifyConfig, counts: Int[Tensor, " d_sae"] | None = None
+) -> tuple[Variant, ...]:
+    """Return the variants that a certificate measures: S∘M, h_G and the controls asked for.
+
+    Args:
+        adapter: The SAE.
+        config: Settings.
+        counts: `Calibration.counts`; needed for matched permutations.
+
+    Raises:
+        CertifyError: If there is nothing that a control asked for could be made of.
+    """
     variants = [all_features(), pool_restricted()]
     variants += [permuted(adapter.d_sae, config.seed, r) for r in range(config.permutations)]
-    if config.random_decoder:
-        variants.append(random_decoder(adapter, config.seed))
+    if config.matched_permutations and counts is None:
+        raise CertifyError(
+            f"matched_permutations = {config.matched_permutations} needs the frequencies of the features: "
+            "pass counts=, those of the calibration"
+        )
+    if counts is not None:
+        variants += [matched(counts, config.seed, r) for r in range(config.matched_permutations)]
+    keep = 4 * adapter.d_sae * adapter.d_out * config.random_decoders <= _KEPT_BYTES
+    variants += [
+        random_decoder(adapter, config.seed, r, keep=keep) for r in range(config.random_decoders)
+    ]
     return tuple(variants)
+
+
+def check_controls(adapter: SAEAdapter, config: CertifyConfig) -> None:
+    """Check that the controls asked for can be made of this SAE.
+
+    Raises:
+        CertifyError: If random decoders are wanted and the SAE has no decoder rows.
+    """
+    if config.random_decoders:
+        _rows(adapter)
 
 
 def feature_permutation(d_sae: int, seed: int, index: int) -> Int[Tensor, " d_sae"]:
     """Return permutation ``index`` of a run as int32."""
     generator = torch.Generator().manual_seed(_stream_seed(seed, _PERMUTATION_STREAM, index))
     return torch.randperm(d_sae, generator=generator).to(torch.int32)
+
+
+def matched_permutation(
+    counts: Int[Tensor, " d_sae"], seed: int, index: int
+) -> Int[Tensor, " d_sae"]:
+    """Return frequency-matched permutation ``index`` of a run as int32."""
+    generator = torch.Generator().manual_seed(_stream_seed(seed, _MATCHED_STREAM, index))
+    return permutation_within(frequency_groups(counts), generator).to(torch.int32)
+
+
+def _rows(adapter: SAEAdapter) -> Float[Tensor, "d_sae d_out"]:
+    if adapter.decoder is None:
+        raise CertifyError(
+            f"architecture {adapter.architecture!r} has no W_dec of shape [d_sae, d_out] = "
+            f"[{adapter.d_sae}, {adapter.d_out}] that a random decoder could take the place of; set "
+            "random_decoders=0"
+        )
+    return adapter.decoder
 
 
 def _pooled(codes: Codes) -> SparseCodes:

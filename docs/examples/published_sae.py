@@ -16,7 +16,7 @@ work = Path(tempfile.mkdtemp())
 folder = work / "saes" / "layer_4"
 demo.load_sae("layer4-topk").save_model(folder)
 model = demo.load_model()
-settings = CertifyConfig(permutations=1, random_decoder=True, progress=False)
+settings = CertifyConfig(permutations=1, random_decoders=1, progress=False)
 
 # What configurations tell is refused before weights are fetched.
 check_config(folder, model, settings)
@@ -37,7 +37,8 @@ certificate = certify(
     output=work / "run",
 )
 print(certificate.verdict())
-shuffled, random = (certificate.controls[name]["gap"] for name in ("permuted_0", "random_decoder"))
+controls = certificate.controls
+shuffled, random = (controls[name]["gap"] for name in ("permuted_0", "random_decoder_0"))
 gap = certificate.measured.gap
 print(f"gap: {gap:.2f} bits; features shuffled: {shuffled:.2f}, random decoder: {random:.2f}")
 

@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from saelens_certify.certificate import Certificate
+from saelens_certify.controls import first_of_each_kind
 from saelens_certify.report.terms import bound_label, control_label, term_label
 
 # Measured terms in saturated colours, concentration terms in greys: what more data shrinks is grey.
@@ -98,7 +99,8 @@ def _add_bounds(figure: go.Figure, certificate: Certificate) -> None:
 def _add_gaps(figure: go.Figure, certificate: Certificate) -> None:
     base = certificate.column("loss_base")
     proxies = {"this SAE": "loss_sae"}
-    proxies |= {control_label(name): f"loss_{name}" for name in certificate.controls}
+    controls = first_of_each_kind(certificate.controls)
+    proxies |= {control_label(name): f"loss_{name}" for name in controls}
     share = np.arange(1, len(base) + 1) / len(base)
     for (label, column), colour in zip(proxies.items(), _LINES * len(proxies), strict=False):
         gaps = np.sort(np.abs(base - certificate.column(column)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.console import Console
@@ -9,8 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from saelens_certify.bounds import Bound
-from saelens_certify.certificate import Certificate, percent
-from saelens_certify.report.terms import bound_label, control_label, term_label
+from saelens_certify.certificate import Certificate
+from saelens_certify.controls import BEYOND, first_of_each_kind
+from saelens_certify.report.terms import CONTROLS, bound_label, control_label, term_label
+from saelens_certify.verdict import percent
 
 
 def print_certificate(certificate: Certificate, console: Console | None = None) -> None:
@@ -31,12 +34,12 @@ def certificate_tables(certificate: Certificate) -> list[Table]:
     """Return the tables of a certificate.
 
     Returns:
-        What was measured; what each bound is made of; each bound beside its baselines; controls,
-        if any were measured.
+        What was measured; what each bound is made of; each bound beside its baselines; controls and
+        shuffle tests, if any controls were measured.
     """
     tables = [_measured(certificate), _terms(certificate), _bounds(certificate)]
     if certificate.controls:
-        tables.append(_controls(certificate))
+        tables += [_controls(certificate), _shuffle_tests(certificate)]
     return tables
 
 
@@ -104,9 +107,44 @@ def _controls(certificate: Certificate) -> Table:
     measured = certificate.measured
     kl = f"{certificate.column('kl').mean():.4f}"
     table.add_row("this SAE", f"{measured.risk_sae:.4f}", f"{measured.gap:.4f}", kl)
-    for name, values in certificate.controls.items():
-        table.add_row(control_label(name), *(f"{values[k]:.4f}" for k in ("risk", "gap", "kl")))
+    controls = certificate.controls
+    shown = first_of_each_kind(controls)
+    for name in shown:
+        values = (f"{controls[name][k]:.4f}" for k in ("risk", "gap", "kl"))
+        table.add_row(control_label(name), *values)
+    if len(shown) < len(controls):
+        table.add_row(f"… and {len(controls) - len(shown)} more", "", "", "")
     return table
+
+
+def _shuffle_tests(certificate: Certificate) -> Table:
+    interval = f"{percent(1 - certificate.config.delta)} interval"
+    table = _table(
+        "Shuffle tests: how much larger the gap of random copies is [bits/token]",
+        "copies", "R", "p-value", "smallest", "effect", interval, "share", "small p-value: the SAE has",
+    )  # fmt: skip
+    for kind, test in certificate.shuffle_tests.items():
+        table.add_row(
+            CONTROLS[kind],
+            f"{test.n_permutations}",
+            f"{_up(test.p_value):.4f}",
+            f"{_up(test.smallest_p_value):.4f}",
+            f"{test.effect:+.4f}",
+            f"{_down(test.lower):+.4f} to {_up(test.upper):+.4f}",
+            f"{test.share:+.1%}",
+            BEYOND[kind],
+        )
+    return table
+
+
+def _up(value: float) -> float:
+    """Round to what is shown, upwards."""
+    return math.ceil(value * 1e4 * (1 - 1e-12)) / 1e4 if value > 0 else -_down(-value)
+
+
+def _down(value: float) -> float:
+    """Round to what is shown, downwards."""
+    return math.floor(value * 1e4) / 1e4
 
 
 def _table(title: str, first: str, *columns: str) -> Table:

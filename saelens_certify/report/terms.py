@@ -22,6 +22,12 @@ BOUNDS = {
     "preprint": "preprint (v1) variant",
 }
 
+CONTROLS = {
+    "permuted": "shuffled features",
+    "matched": "shuffled within frequency",
+    "random_decoder": "random decoder",
+}
+
 
 def term_label(name: str) -> str:
     """Return a term's name for people."""
@@ -35,6 +41,5 @@ def bound_label(name: str) -> str:
 
 def control_label(name: str) -> str:
     """Return a control's name for people."""
-    if name.startswith("permuted_"):
-        return f"shuffled features ({name.removeprefix('permuted_')})"
-    return name.replace("_", " ")
+    kind, _, index = name.rpartition("_")
+    return f"{CONTROLS[kind]} ({index})" if kind in CONTROLS else name.replace("_", " ")

@@ -185,7 +185,7 @@ def test_controls_match_oracle(kind: str, overrides: dict) -> None:
         f"permuted_{index}": oracle.Control(permutation=feature_permutation(D_SAE, SEED, index))
         for index in range(2)
     }
-    controls["random_decoder"] = oracle.Control(decoder=rows)
+    controls["random_decoder_0"] = oracle.Control(decoder=rows)
     certificate = check_against_oracle(sae, controls=controls)
     losses = [certificate.column(f"loss_{name}").mean() for name in ("sae", *controls)]
     assert len({round(loss, 4) for loss in losses}) == 4, "each control must change the loss"
@@ -235,7 +235,7 @@ def check_against_oracle(
     controls: dict[str, oracle.Control] | None = None,
 ) -> Certificate:
     certificate = run(
-        sae, coding, positions, tau, seed=SEED, random_decoder=bool(controls),
+        sae, coding, positions, tau, seed=SEED, random_decoders=int(bool(controls)),
         permutations=sum("permuted" in name for name in controls or {}),
     )  # fmt: skip
     model = hooked_transformer()

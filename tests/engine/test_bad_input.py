@@ -224,7 +224,8 @@ def test_folder_without_config(tmp_path) -> None:
         ("permutations", -1, "permutations"),
         ("batch_tokens", 2.5, "batch_tokens"),
         ("seed", "x", "seed"),
-        ("random_decoder", "no", "random_decoder must be True or False, got 'no'"),
+        ("matched_permutations", -1, "matched_permutations must be an integer of at least 0"),
+        ("random_decoders", True, "random_decoders must be an integer of at least 0, got True"),
         ("progress", 1, "progress must be True or False, got 1"),
     ],
 )

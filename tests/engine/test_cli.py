@@ -79,7 +79,7 @@ def command(
 
 def test_run_verify_and_resume(kit, tmp_path, capsys) -> None:
     output = tmp_path / "run"
-    assert main(command(kit, output, "--permutations", "1", "--random_decoder")) == EXIT_DONE
+    assert main(command(kit, output, "--permutations", "1", "--random_decoders", "1")) == EXIT_DONE
     printed = capsys.readouterr().out
     for text in (
         "proxy risk", "reconstruction gap", "pool mismatch", "sparse complexity", "concentration: gap",
@@ -92,7 +92,7 @@ def test_run_verify_and_resume(kit, tmp_path, capsys) -> None:
     assert certificate.manifest["sae"]["id"] == str(kit["sae"])
     assert "<html" in (output / "report.html").read_text()
     assert main(["verify", str(output)]) == EXIT_DONE
-    assert main(command(kit, output, "--permutations", "1", "--random_decoder")) == EXIT_DONE
+    assert main(command(kit, output, "--permutations", "1", "--random_decoders", "1")) == EXIT_DONE
     assert main(command(kit, output, "--alpha", "0.3")) == EXIT_EVIDENCE
     assert "config.alpha" in capsys.readouterr().err
     part = output / "evidence" / "part-00000.parquet"

@@ -22,7 +22,7 @@ from engine.builders import (
 from saelens_certify import Certificate, CertifyConfig, as_sequences, build_info, certify
 
 CALIBRATION, EVALUATION = make_tokens(24, seed=1), make_tokens(50, seed=2)
-BASE = CertifyConfig(seq_len=SEQ_LEN, permutations=1, random_decoder=True, progress=False, tau=3)
+BASE = CertifyConfig(seq_len=SEQ_LEN, permutations=1, random_decoders=1, progress=False, tau=3)
 MODELS = {"hooked": hooked_transformer, "llama": llama_bridge, "gpt2": gpt2_bridge}
 
 
@@ -101,7 +101,7 @@ def test_native_and_torch_operators_give_the_same_certificate() -> None:
 
 @pytest.mark.parametrize("kind", ["topk", "standard", "jumprelu"])
 def test_feature_order_does_not_matter(kind) -> None:
-    config = dataclasses.replace(BASE, permutations=0, random_decoder=False)
+    config = dataclasses.replace(BASE, permutations=0, random_decoders=0)
     sae, renamed = make_sae(kind), make_sae(kind)
     order = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

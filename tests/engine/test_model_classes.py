@@ -19,7 +19,7 @@ from engine.builders import (
 )
 from saelens_certify import Certificate, CertifyConfig, CertifyError, certify, ops
 
-CONFIG = CertifyConfig(seq_len=SEQ_LEN, permutations=1, random_decoder=True, tau=30, progress=False)
+CONFIG = CertifyConfig(seq_len=SEQ_LEN, permutations=1, random_decoders=1, tau=30, progress=False)
 CALIBRATION, EVALUATION = make_tokens(16, seed=1), make_tokens(24, seed=2)
 
 

@@ -30,7 +30,7 @@ MODELS = {"hooked": hooked_transformer, "llama": llama_bridge, "gpt2": gpt2_brid
 HOOK = "blocks.1.hook_resid_post"
 TOKENS = make_tokens(40, seed=5)
 CONFIG = CertifyConfig(
-    seq_len=SEQ_LEN, batch_tokens=9 * SEQ_LEN, permutations=2, random_decoder=True, tau=1,
+    seq_len=SEQ_LEN, batch_tokens=9 * SEQ_LEN, permutations=2, random_decoders=1, tau=1,
     progress=False,
 )  # fmt: skip
 

@@ -28,7 +28,7 @@ def certificate() -> Certificate:
     return certify(
         hooked_transformer(), make_sae(), calibration=make_tokens(20, seed=1),
         evaluation=make_tokens(40, seed=2),
-        config=CertifyConfig(seq_len=SEQ_LEN, permutations=2, random_decoder=True, progress=False),
+        config=CertifyConfig(seq_len=SEQ_LEN, permutations=2, random_decoders=1, progress=False),
     )  # fmt: skip
 
 
@@ -45,7 +45,8 @@ def test_bars_add_up_to_the_bounds(certificate) -> None:
     assert lines == sorted(certificate.baselines.values())
     curves = [trace for trace in figure.data if trace.type == "scatter"]
     assert [curve.name for curve in curves] == [
-        "this SAE", "shuffled features (0)", "shuffled features (1)", "random decoder",
+        "this SAE", "shuffled features (0)", "shuffled features (1)",
+        "random decoder (0)",
     ]  # fmt: skip
     gaps = np.abs(certificate.column("loss_base") - certificate.column("loss_sae"))
     np.testing.assert_array_equal(curves[0].x, np.sort(gaps))

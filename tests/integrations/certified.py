@@ -37,7 +37,7 @@ def certified(tmp_path_factory: pytest.TempPathFactory) -> Certified:
         calibration=make_tokens(40, seed=1),
         evaluation=make_tokens(50, seed=2),
         config=CertifyConfig(
-            seq_len=SEQ_LEN, permutations=2, random_decoder=True, part_sequences=32, progress=False
+            seq_len=SEQ_LEN, permutations=2, random_decoders=1, part_sequences=32, progress=False
         ),
         output=root / "run",
     )

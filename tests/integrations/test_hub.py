@@ -277,7 +277,7 @@ def test_the_section_says_what_the_certificate_says(certified) -> None:
         "## Faithfulness certificate: `layer_1`",
         certificate.verdict(),
         "| U_SAE |", "| U_SAE+Occam |", "uniform guess (log2 V)", "unigram model",
-        "| shuffled features (0) |", "| shuffled features (1) |", "| random decoder |",
+        "| shuffled features (0) |", "| shuffled features (1) |", "| random decoder (0) |",
         "40 documents", "50 documents", "`native`", "saelens-certify verify", "What it does not say",
         "topk, computed in float32",
     ):  # fmt: skip

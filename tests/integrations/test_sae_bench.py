@@ -15,11 +15,12 @@ from integrations.sae_bench_envelope import ENVELOPE, envelope, fetch, schemas, 
 from saelens_certify import CertifyConfig, CertifyError, EvidenceError
 from saelens_certify.cli import EXIT_DONE, main
 from saelens_certify.integrations.sae_bench import certificate_schema, check_certificate
-from saelens_certify.integrations.sae_bench_metrics import METRICS, SHOWN
+from saelens_certify.integrations.sae_bench_metrics import METRICS, SHOWN, SHUFFLE_METRICS
 from saelens_certify.manifest import provenance
 
 __all__ = ["certified"]
 
+_ENDS = ("lower", "upper")
 _KINDS = {
     "string": str, "integer": int, "object": dict, "array": list, "null": type(None), "any": object,
 }  # fmt: skip
@@ -103,9 +104,11 @@ def test_every_entry_has_a_title_and_a_description() -> None:
 def test_every_number_but_controls_is_described(values) -> None:
     """A new bound or metric needs a line in sae_bench_metrics.METRICS."""
     numbers = values["eval_result_metrics"]["faithfulness_certificate"]
-    control = re.compile(r"(risk|gap|kl)_(permuted_\d+|random_decoder)")
+    control = re.compile(r"(risk|gap|kl)_(permuted|random_decoder)_\d+")
     plain = {name for name in numbers if not control.fullmatch(name)}
-    assert plain == set(METRICS)
+    tested = {name for name in SHUFFLE_METRICS if name.endswith(("permuted", "random_decoder"))}
+    tested |= {f"shuffle_effect_{k}_{end}" for k in ("permuted", "random_decoder") for end in _ENDS}
+    assert plain == set(METRICS) | tested
     assert len(numbers) - len(plain) == 9
 
 

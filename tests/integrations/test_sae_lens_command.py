@@ -175,12 +175,12 @@ def test_the_command_has_every_setting_of_a_certificate(
         return register(**settings)
 
     monkeypatch.setattr(cli, "register", noted)
-    more = ["--random_decoder", "--permutations", "1", "--impl", "torch", "--batch_tokens", "512"]
+    more = "--random_decoders 1 --permutations 1 --impl torch --batch_tokens 512".split()
     assert main(_arguments("one", tmp_path, *more)) == 0
     assert main(_arguments("one", tmp_path, "--verbose")) == 0
     base = CertifyConfig(seq_len=12, progress=False)
     assert given[0] == dataclasses.replace(
-        base, random_decoder=True, permutations=1, impl="torch", batch_tokens=512
+        base, random_decoders=1, permutations=1, impl="torch", batch_tokens=512
     )
     assert given[1] == dataclasses.replace(base, progress=True)
     record = json.loads((tmp_path / "all_eval_results.json").read_text())[0]

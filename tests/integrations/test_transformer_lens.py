@@ -27,9 +27,10 @@ from saelens_certify.integrations.transformer_lens import proxy_hooks
 from saelens_certify.saes import adapt
 
 CONFIG = CertifyConfig(
-    seq_len=SEQ_LEN, permutations=2, random_decoder=True, tau=3, progress=False, seed=4
-)
-VARIANTS = ("sae", "pool", "permuted_1", "random_decoder")
+    seq_len=SEQ_LEN, permutations=2, matched_permutations=2, random_decoders=2, tau=3,
+    progress=False, seed=4,
+)  # fmt: skip
+VARIANTS = ("sae", "pool", "permuted_1", "matched_1", "random_decoder_1")
 EVALUATION = make_tokens(20, seed=2)
 
 
