@@ -74,7 +74,7 @@ def _from_residuals(
     """All whole-batch variants share the base's logits; a variant on some sequences does not."""
     per_sequence = base.tokens.shape[1] - 1
     inputs = engine.head_input(base.final)
-    targets = base.tokens[:, 1:]
+    targets = base.tokens[:, 1:].to(inputs.device)
 
     def compared(reference: Tensor, residual: Tensor, gold: Tensor) -> tuple[Tensor, Columns]:
         stats = ops.head_pair_stats(
@@ -133,10 +133,12 @@ def _from_logits(
             if last - first < stop - start:
                 local = (variant.rows[mine] - start).to(base_logits.device)
                 reference = base_logits.unflatten(0, (-1, length - 1))[local].flatten(0, 1)
+            logits = engine.logits(variant.final, mine)
             stats = ops.pair_stats(
                 reference,
-                engine.logits(variant.final, mine),
-                variant.final.tokens[mine, 1:].flatten(),
+                logits,
+                # A model split over devices has its embedding on one and its head on another.
+                variant.final.tokens[mine, 1:].flatten().to(logits.device),
                 config.alpha,
                 d_vocab=engine.d_vocab,
                 impl=config.impl,

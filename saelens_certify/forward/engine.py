@@ -211,8 +211,9 @@ class ForwardEngine:
         if not self.strategy.suffix or site.restart is None:
             residual = self._seams.to_block(tokens, self.n_layers, [put])
         elif not site.replaces_residual:
+            before = base.block_inputs[site.restart]
             residual = self._seams.from_block(
-                base.block_inputs[site.restart][rows], site.restart, tokens, [put]
+                before[rows.to(before.device)], site.restart, tokens, [put]
             )
         elif site.restart == self.n_layers:
             residual = activation
