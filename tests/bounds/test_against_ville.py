@@ -29,7 +29,7 @@ CONSTANT = tuple((0.98 * 2.0 ** (-k / 2.0), (k + 2.0) ** -1.5) for k in range(34
 TOTAL = sum(weight for _, weight in CONSTANT)
 
 
-def cases() -> dict[str, tuple[Array, float, float, float]]:
+def cases() -> dict[str, tuple[Any, float, float, float]]:
     rng = np.random.default_rng(20_261_123)
     spike = np.where(rng.random(400) < 0.03, 17.0, rng.uniform(3.4, 5.1, 400))
     return {
