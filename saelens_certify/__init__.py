@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from saelens_certify import bounds, ops, saes
     from saelens_certify.certificate import Certificate
     from saelens_certify.certification import certify
+    from saelens_certify.comparison import Comparison, compare
     from saelens_certify.config import CertifyConfig
     from saelens_certify.config_check import check_config, check_configs
     from saelens_certify.data import Sequences, as_sequences, split
@@ -34,6 +35,7 @@ __all__ = [
     "CertifyConfig",
     "CertifyError",
     "CertifyingEvaluator",
+    "Comparison",
     "EvidenceError",
     "Monitor",
     "Sequences",
@@ -45,6 +47,7 @@ __all__ = [
     "certify",
     "check_config",
     "check_configs",
+    "compare",
     "ops",
     "proxy_hooks",
     "register",
@@ -60,6 +63,7 @@ _HOMES = {
     "Certificate": "certificate",
     "CertifyConfig": "config",
     "CertifyingEvaluator": "integrations.sae_lens",
+    "Comparison": "comparison",
     "Monitor": "monitor",
     "Sequences": "data",
     "Verification": "verification",
@@ -67,6 +71,7 @@ _HOMES = {
     "certify": "certification",
     "check_config": "config_check",
     "check_configs": "config_check",
+    "compare": "comparison",
     "proxy_hooks": "integrations.transformer_lens",
     "register": "integrations.sae_lens",
     "run_evals": "integrations.sae_lens",

@@ -19,6 +19,7 @@ from saelens_certify.bounds import (
     Measured,
     Stop,
     certificates,
+    doubling_thresholds,
     first_stop,
     log_binom,
     loss_range,
@@ -158,7 +159,13 @@ class Certificate:
                 alpha=self.config.alpha,
                 **constants,
             )
-        found |= sharp_certificates(self.losses, time_uniform=self.time_uniform, **constants)
+        found |= sharp_certificates(
+            self.losses,
+            rarest=self.column("rarest"),
+            thresholds=doubling_thresholds(self.calibration.counts.numpy(), self.config.tau),
+            time_uniform=self.time_uniform,
+            **constants,
+        )
         return with_assumptions(found, 1 - delta, *self._dependence(), *shared_delta(simultaneous))
 
     @property
@@ -177,9 +184,7 @@ class Certificate:
     def sequence(
         self, name: str = HEADLINE, times: ArrayLike | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Return a sharp bound after every number of sequences, all of them valid at once.
-
-        The first number at which it falls below a baseline is therefore itself a result, however one looks.
+        """Return a sharp bound after every number of sequences: valid at all of them at once.
 
         Args:
             name: A key of `saelens_certify.bounds.SHARP`.

@@ -206,6 +206,7 @@ def _evaluate(
         variants=variants_of(adapter, config, calibration.counts),
         mean_activations=calibration.mean_activations(),
         unigram_bits=calibration.unigram_bits(config.alpha),
+        counts=calibration.counts,
     )
     special = special_token_ids(engine.model)
     where = Path(EVIDENCE) if folder is None else folder.path / EVIDENCE

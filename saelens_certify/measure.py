@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from numpy.typing import NDArray
 from torch import Tensor
 
 from saelens_certify import ops
 from saelens_certify.config import CertifyConfig
 from saelens_certify.forward import BasePass, FinalState, ForwardEngine
 from saelens_certify.outputs import Columns, VariantState, output_statistics
+from saelens_certify.per_token import PerToken, rarest
 from saelens_certify.pool import Calibration, Pool
 from saelens_certify.positions import coded_positions
 from saelens_certify.proxies import Variant
@@ -39,6 +39,8 @@ class Subject:
         mean_activations: Calibration means, the baseline of explained variance (rows: all
             positions, without position 0).
         unigram_bits: Loss of each target under the calibration unigram model, float64.
+        counts: On how many calibration tokens each feature was active; with them the evidence says how
+            rare the rarest feature of each sequence is.
         error_permutations: Renamings of the features whose squared errors are measured, without
             running the model on them; int32 or int64.
     """
@@ -48,6 +50,7 @@ class Subject:
     variants: tuple[Variant, ...]
     mean_activations: Float[Tensor, "2 d_out"]
     unigram_bits: Float[Tensor, " d_vocab"]
+    counts: Int[Tensor, " d_sae"] | None = None
     error_permutations: Int[Tensor, "n_permutations d_sae"] | None = None
 
 
@@ -190,12 +193,13 @@ def _encode_group(
     pool_bits = subject.pool.bits(adapter.device)
     codes = adapter.encode(x, Coding.parse(config.coding), pool_bits, coded=coded, impl=config.impl)
     outside = ops.count_outside(codes.features, pool_bits, impl=config.impl)
-    per_token = _Scatter(coded)
+    per_token = PerToken(coded)
     violation = (per_token(outside) > 0).any(dim=1)
     columns: Columns = {
         "violation": violation.cpu().numpy(),
         "outside": per_token.mean(outside),
         "l0": per_token.mean(codes.features.counts),
+        **rarest(subject.counts, codes.features, coded),
         **_activation_power(y[coded], per_token, subject.mean_activations.to(adapter.device)),
         **_permuted_errors(subject, codes, y[coded], per_token, config),
     }
@@ -228,7 +232,7 @@ def _reconstruct(
     variant: Variant,
     codes: Codes,
     violation: Bool[Tensor, " batch"],
-    per_token: _Scatter,
+    per_token: PerToken,
     y: Float[Tensor, "batch pos d_out"],
     config: CertifyConfig,
 ) -> _Run:
@@ -243,7 +247,7 @@ def _reconstruct(
     x_hat = subject.adapter.decode(features, token_map, variant.decoder, impl=config.impl)
     rows = chosen.nonzero().flatten()
     patch = y[rows]  # a copy: rows are indices
-    scatter = _Scatter(coded[rows])
+    scatter = PerToken(coded[rows])
     error = (patch[scatter.coded].double() - x_hat.double()).square().sum(dim=-1)
     patch[scatter.coded] = x_hat
     errors = {"mse": scatter.mean(error), "mse_no_first": scatter.mean(error, first=False)}
@@ -254,7 +258,7 @@ def _permuted_errors(
     subject: Subject,
     codes: Codes,
     y: Float[Tensor, "coded d_out"],
-    per_token: _Scatter,
+    per_token: PerToken,
     config: CertifyConfig,
 ) -> Columns:
     """Squared errors under each error permutation, from the same codes."""
@@ -326,27 +330,8 @@ def _column(key: str, variant: str) -> str:
     return key if variant == "sae" and key != "loss" else f"{key}_{variant}"
 
 
-class _Scatter:
-    """Per-token values of the coded positions, laid out by sequence and position."""
-
-    def __init__(self, coded: Bool[Tensor, "batch pos"]) -> None:
-        self.coded = coded
-
-    def __call__(self, values: Tensor) -> Tensor:
-        out = torch.zeros(self.coded.shape, dtype=values.dtype, device=values.device)
-        out[self.coded] = values
-        return out
-
-    def mean(self, values: Tensor, first: bool = True) -> NDArray[np.float64]:
-        """Mean over the coded positions of each sequence, float64; 0 where there are none."""
-        placed, weight = self(values.double()), self.coded.double()
-        if not first:
-            placed, weight = placed[:, 1:], weight[:, 1:]
-        return (placed.sum(dim=1) / weight.sum(dim=1).clamp(min=1)).cpu().numpy()
-
-
 def _activation_power(
-    y: Float[Tensor, "coded d_out"], per_token: _Scatter, means: Float[Tensor, "2 d_out"]
+    y: Float[Tensor, "coded d_out"], per_token: PerToken, means: Float[Tensor, "2 d_out"]
 ) -> Columns:
     """Squared distance of the activation from the calibration mean, with and without position 0."""
     wide = y.double()

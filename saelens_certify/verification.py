@@ -153,6 +153,7 @@ def _measure_again(
         variants=variants_of(adapter, config, certificate.calibration.counts),
         mean_activations=certificate.calibration.mean_activations(),
         unigram_bits=certificate.calibration.unigram_bits(config.alpha),
+        counts=certificate.calibration.counts,
     )
     tokens = evaluation.tokens[torch.from_numpy(rows)]
     columns = measure(engine, {"sae": subject}, tokens, config, special_token_ids(model))["sae"]

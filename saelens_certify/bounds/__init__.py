@@ -7,7 +7,7 @@ Pure arithmetic and statistics on NumPy arrays: this folder knows neither torch 
 - ``means``: per-sequence evidence to measured terms. ``clusters``: sequences that are not independent.
   ``statements``: bounds as typed statements.
 - ``joint``: the variable whose mean bounds the risk of M. ``sharp``: the bounds that test it, ``significance``
-  p-values, ``stopping`` when a run is decided.
+  p-values, ``stopping`` when a run is decided, ``thresholds`` the pool's threshold chosen after looking.
 - ``hoeffding``: the inequality behind all of the above. ``profile``: a bound as a function of N.
 - ``betting``, ``concentration``, ``sequences``: upper confidence bounds of any bounded mean, for one number
   of samples or for all at once. ``wealth``: the mechanism of betting. ``samples``, ``times``: what they take.
@@ -37,6 +37,7 @@ from saelens_certify.bounds.statements import (
     with_assumptions,
 )
 from saelens_certify.bounds.stopping import Stop, first_stop, floor_sequence
+from saelens_certify.bounds.thresholds import best_threshold, doubling_thresholds
 from saelens_certify.bounds.times import log_times
 
 __all__ = [
@@ -48,12 +49,14 @@ __all__ = [
     "asymptotic_floor",
     "bernstein_sequence",
     "bernstein_upper",
+    "best_threshold",
     "betting_p_value",
     "betting_sequence",
     "betting_upper",
     "certificates",
     "cluster_means",
     "cluster_order",
+    "doubling_thresholds",
     "first_stop",
     "floor_sequence",
     "hoeffding_sequence",

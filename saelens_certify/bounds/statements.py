@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from numpy.typing import ArrayLike
+
 from saelens_certify.bounds.checks import integer
 from saelens_certify.bounds.complexity import log_binom
 from saelens_certify.bounds.joint import Losses
@@ -13,6 +15,7 @@ from saelens_certify.bounds.planner import PROFILES
 from saelens_certify.bounds.quantities import Quantities
 from saelens_certify.bounds.samples import log_threshold
 from saelens_certify.bounds.sharp import SHARP, Sharp, sharp_value
+from saelens_certify.bounds.thresholds import BestThreshold, best_threshold
 
 PAPER = "Bandyopadhyay & Ekbal, arXiv:2606.18383"
 HOEFFDING = "Hoeffding (1963), Theorem 2"
@@ -171,7 +174,14 @@ def certificates(
 
 
 def sharp_certificates(
-    losses: Losses, *, dict_size: int, pool_size: int, delta: float, time_uniform: bool = False
+    losses: Losses,
+    *,
+    dict_size: int,
+    pool_size: int,
+    delta: float,
+    rarest: ArrayLike | None = None,
+    thresholds: Mapping[int, int] | None = None,
+    time_uniform: bool = False,
 ) -> dict[str, Bound]:
     """Every sharp bound, from the losses of one evaluation.
 
@@ -182,6 +192,8 @@ def sharp_certificates(
         dict_size: m, features of the SAE.
         pool_size: P, features of the pool.
         delta: Failure probability of each bound.
+        rarest: As for :func:`best_threshold`; with ``thresholds`` the result has ``sharp_occam_tau``.
+        thresholds: {tau: P} to choose from, fixed by calibration.
         time_uniform: Whether the number of sequences may depend on their losses.
 
     Returns:
@@ -203,6 +215,16 @@ def sharp_certificates(
             terms=found.terms,
             lower=found.lower,
         )
+    if rarest is not None and thresholds is not None:
+        best = best_threshold(
+            losses,
+            rarest,
+            thresholds,
+            dict_size=dict_size,
+            delta=delta,
+            time_uniform=time_uniform,
+        )
+        bounds["sharp_occam_tau"] = _threshold_bound(best, delta, time_uniform)
     return bounds
 
 
@@ -238,6 +260,24 @@ def check_family(delta: float, number: int) -> None:
     """
     log_threshold(delta, 0.0)
     integer("simultaneous", number, 1, "count the certificates that are to hold at once")
+
+
+def _threshold_bound(best: BestThreshold, delta: float, time_uniform: bool) -> Bound:
+    sharp = SHARP["sharp_occam"]
+    return Bound(
+        name="sharp_occam_tau",
+        value=best.bound.value,
+        confidence=1.0 - delta,
+        theorem=(
+            f"{_sharp_theorem(sharp, time_uniform)} Smallest of {best.n_thresholds} thresholds, each at delta / "
+            f"{best.n_thresholds}: tau = {best.tau}, P = {best.pool_size}."
+        ),
+        assumptions=(
+            *_sharp_assumptions(sharp, time_uniform),
+            "The thresholds that were compared were fixed by the calibration documents.",
+        ),
+        terms=best.bound.terms,
+    )
 
 
 def _sharp_theorem(sharp: Sharp, time_uniform: bool) -> str:

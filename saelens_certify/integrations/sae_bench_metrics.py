@@ -77,6 +77,10 @@ METRICS: dict[str, tuple[str, str]] = {
         "Sharp bound for all pools",
         f"The same by betting for all pools of this size at once, {_BITS}.",
     ),
+    "sharp_occam_tau": (
+        "Sharp bound for all pools, best threshold",
+        f"The smallest of these over several pool thresholds, the choice paid for, {_BITS}.",
+    ),
     "sharp_measured": (
         "Sharp bound with measured mismatch",
         f"The same by betting, with |loss(S∘M) - loss(h_G)| in place of the charge for violations, {_BITS}.",

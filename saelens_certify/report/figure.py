@@ -21,8 +21,10 @@ _COLOURS = {
     "t_eta": "#b0b0b0",
     "t_eps": "#d0d0d0",
     "hoeffding_margin": "#8c8c8c",
+    "mismatch_measured": "#ccbb44",
+    "t_sharp": "#8c8c8c",
 }
-_SHOWN = ("direct_base", "u_sae_occam", "u_sae")
+_SHOWN = ("sharp_direct_base", "u_sae_occam", "u_sae", "sharp_betting")
 _LINES = ("#228833", "#aa3377", "#66ccee", "#997700", "#000000")
 
 
@@ -57,7 +59,7 @@ def certificate_figure(certificate: Certificate) -> go.Figure:
 
 
 def _add_bounds(figure: go.Figure, certificate: Certificate) -> None:
-    bounds = [certificate.bounds[name] for name in _SHOWN]
+    bounds = [certificate.bounds[name] for name in _SHOWN if name in certificate.bounds]
     labels = [bound_label(bound.name) for bound in bounds]
     for term in dict.fromkeys(term for bound in reversed(bounds) for term in bound.terms):
         figure.add_trace(
@@ -67,7 +69,7 @@ def _add_bounds(figure: go.Figure, certificate: Certificate) -> None:
                 name=term_label(term),
                 orientation="h",
                 marker_color=_COLOURS.get(term, "#999999"),
-                showlegend=term not in ("risk_base", "hoeffding_margin"),
+                showlegend=term != "risk_base",
                 hovertemplate="%{x:.4f} bits<extra>" + term_label(term) + "</extra>",
             ),
             row=1,

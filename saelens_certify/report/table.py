@@ -15,6 +15,9 @@ from saelens_certify.controls import BEYOND, first_of_each_kind
 from saelens_certify.report.terms import CONTROLS, bound_label, control_label, term_label
 from saelens_certify.verdict import percent
 
+_SUMS = ("sharp_betting", "u_sae", "u_sae_occam")
+_EXCESS = ("excess_sae", "excess_sae_two_sided", "excess_pool", "excess_pool_two_sided")
+
 
 def print_certificate(certificate: Certificate, console: Console | None = None) -> None:
     """Print tables and verdict.
@@ -37,9 +40,16 @@ def certificate_tables(certificate: Certificate) -> list[Table]:
         What was measured; what each bound is made of; each bound beside its baselines; controls and
         shuffle tests, if any controls were measured.
     """
-    tables = [_measured(certificate), _terms(certificate), _bounds(certificate)]
+    tables = [
+        _measured(certificate),
+        _terms(certificate),
+        _bounds(certificate),
+        _excess(certificate),
+    ]
     if certificate.controls:
-        tables += [_controls(certificate), _shuffle_tests(certificate)]
+        tables.append(_controls(certificate))
+    if certificate.shuffle_tests:
+        tables.append(_shuffle_tests(certificate))
     return tables
 
 
@@ -73,14 +83,16 @@ def _measured(certificate: Certificate) -> Table:
 
 
 def _terms(certificate: Certificate) -> Table:
-    shown = [certificate.bounds[name] for name in ("u_sae", "u_sae_occam")]
+    shown = [certificate.bounds[name] for name in _SUMS if name in certificate.bounds]
     names = list(dict.fromkeys(term for bound in shown for term in bound.terms))
     table = _table("What the certificate adds up [bits/token]", "term", *map(_label, shown))
     for name in names:
         values = [f"{b.terms[name]:.4f}" if name in b.terms else "" for b in shown]
         table.add_row(term_label(name), *values)
     table.add_section()
-    table.add_row("upper bound on the risk of M", *(f"{b.value:.4f}" for b in shown), style="bold")
+    table.add_row(
+        "upper bound on the risk of M", *(f"{_up(b.value):.4f}" for b in shown), style="bold"
+    )
     return table
 
 
@@ -92,9 +104,11 @@ def _bounds(certificate: Certificate) -> Table:
     )
     table = _table(title, "bound", "value", "below uniform", "below unigram", "non-vacuous")
     for name, bound in certificate.bounds.items():
+        if name in _EXCESS:
+            continue
         table.add_row(
             bound_label(name),
-            f"{bound.value:.4f}",
+            f"{_up(bound.value):.4f}",
             f"{baselines['uniform'] - bound.value:+.4f}",
             f"{baselines['unigram'] - bound.value:+.4f}",
             "yes" if bound.nonvacuous(baselines["uniform"]) else "no",
@@ -102,8 +116,23 @@ def _bounds(certificate: Certificate) -> Table:
     return table
 
 
+def _excess(certificate: Certificate) -> Table:
+    confidence = percent(1 - certificate.config.delta)
+    title = f"Faithfulness gap: what the proxies lose, at {confidence} confidence [bits/token]"
+    table = _table(title, "excess risk", "measured", "lower", "upper")
+    for name in _EXCESS:
+        bound = certificate.bounds[name]
+        lower = "" if bound.lower is None else f"{_down(bound.lower):+.4f}"
+        measured = next(iter(bound.terms.values()))
+        table.add_row(bound_label(name), f"{measured:+.4f}", lower, f"{_up(bound.value):+.4f}")
+    return table
+
+
 def _controls(certificate: Certificate) -> Table:
-    table = _table("Controls", "proxy", "risk", "gap to M", "KL from M")
+    title = "Controls"
+    if certificate.time_uniform:
+        title += " (no shuffle tests: the SAE's own losses decided how many sequences were measured)"
+    table = _table(title, "proxy", "risk", "gap to M", "KL from M")
     measured = certificate.measured
     kl = f"{certificate.column('kl').mean():.4f}"
     table.add_row("this SAE", f"{measured.risk_sae:.4f}", f"{measured.gap:.4f}", kl)
@@ -118,7 +147,7 @@ def _controls(certificate: Certificate) -> Table:
 
 
 def _shuffle_tests(certificate: Certificate) -> Table:
-    interval = f"{percent(1 - certificate.config.delta)} interval"
+    interval = f"{percent(1 - certificate.config.share)} interval"
     table = _table(
         "Shuffle tests: how much larger the gap of random copies is [bits/token]",
         "copies", "R", "p-value", "smallest", "effect", interval, "share", "small p-value: the SAE has",

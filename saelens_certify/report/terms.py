@@ -5,6 +5,7 @@ from __future__ import annotations
 TERMS = {
     "risk_base": "measured risk of M",
     "risk_pool": "proxy risk (h_G)",
+    "risk_sae": "measured risk of S∘M",
     "gap": "reconstruction gap",
     "mismatch": "pool mismatch (Δ·η)",
     "t_eta": "concentration: mismatch",
@@ -12,9 +13,23 @@ TERMS = {
     "t_occ": "sparse complexity",
     "t_eps": "concentration: gap",
     "hoeffding_margin": "concentration",
+    "mismatch_measured": "pool mismatch (measured)",
+    "t_sharp": "concentration: all at once",
 }
 
 BOUNDS = {
+    "sharp_betting": "sharp (betting)",
+    "sharp_bernstein": "sharp (empirical Bernstein)",
+    "sharp_occam": "sharp, all pools",
+    "sharp_occam_tau": "sharp, all pools, best τ",
+    "sharp_measured": "sharp, mismatch measured",
+    "sharp_direct_base": "sharp direct bound on M",
+    "sharp_direct_sae": "sharp direct bound on S∘M",
+    "sharp_direct_pool": "sharp direct bound on h_G",
+    "excess_sae": "R(S∘M) − R(M) at most",
+    "excess_pool": "R(h_G) − R(M) at most",
+    "excess_sae_two_sided": "R(S∘M) − R(M) between",
+    "excess_pool_two_sided": "R(h_G) − R(M) between",
     "u_sae": "U_SAE",
     "u_sae_occam": "U_SAE+Occam",
     "direct_base": "direct bound on M",

@@ -1,0 +1,116 @@
+"""Several certificates at once: bounds that hold together, so that the best may be chosen after looking."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from saelens_certify.bounds import Bound, betting_p_value, holm
+from saelens_certify.bounds.sharp import find_sharp
+from saelens_certify.bounds.statements import check_family
+from saelens_certify.certificate import HEADLINE, Certificate
+from saelens_certify.errors import CertifyError
+
+
+@dataclass(frozen=True)
+class Member:
+    """One certificate among several.
+
+    Attributes:
+        bound: Its bound at delta / k (Bonferroni): the bounds of all k certificates hold together.
+        p_value: p-value of "the bound's expectation is at or above log2 V", by betting.
+        nonvacuous: Whether that is rejected by Holm's procedure: all rejections are right together with
+            probability 1 - delta.
+        uniform: log2 V, bits per token.
+        n_sequences: Independent draws behind it.
+    """
+
+    bound: Bound
+    p_value: float
+    nonvacuous: bool
+    uniform: float
+    n_sequences: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Certificates that hold together with one confidence.
+
+    Attributes:
+        members: By name, in the order given.
+        delta: Probability that any of the bounds, or (separately) any of the verdicts, is wrong.
+    """
+
+    members: Mapping[str, Member]
+    delta: float
+
+    @property
+    def best(self) -> str:
+        """Name of the certificate with the smallest bound; choosing it after looking is covered."""
+        return min(self.members, key=lambda name: self.members[name].bound.value)
+
+
+def compare(
+    certificates: Mapping[str, Certificate], *, delta: float | None = None, bound: str = HEADLINE
+) -> Comparison:
+    """Make statements about several SAEs, layers or settings that hold together.
+
+    Each certificate by itself fails with probability delta, and the best of many fails more often. Here bounds are
+    computed again from the evidence at delta / k, so that they hold all at once (Bonferroni), and the verdicts
+    "non-vacuous" are decided by Holm's procedure, which rejects at least as often.
+
+    What is covered is the choice among *these* certificates: give all that were looked at, also those
+    that were bad.
+
+    Args:
+        certificates: By name.
+        delta: Failure probability of the whole; None: that of the certificates, if it is one.
+        bound: Which sharp bound, such as ``"sharp_betting"`` or ``"sharp_measured"``.
+
+    Returns:
+        The bounds and verdicts, by name.
+
+    Raises:
+        CertifyError: For no certificates, an unknown bound, or certificates of different delta if none is given.
+    """
+    if not isinstance(certificates, Mapping) or not certificates:
+        raise CertifyError("compare takes certificates by name, {name: certificate}; at least one")
+    if find_sharp(bound).claim != "R(M)":
+        raise CertifyError(
+            f"bound={bound!r} does not bound the model's risk, so log2 V is no baseline for it: choose "
+            "'sharp_betting', 'sharp_measured', 'sharp_bernstein', 'sharp_occam' or 'sharp_direct_base'"
+        )
+    if delta is None:
+        found = sorted({certificate.config.delta for certificate in certificates.values()})
+        if len(found) > 1:
+            raise CertifyError(f"the certificates have different delta {found}: give delta=")
+        delta = found[0]
+    number = len(certificates)
+    check_family(delta, number)
+    p_values = {name: _p_value(each, bound, delta / number) for name, each in certificates.items()}
+    rejected = holm(p_values, delta)
+    members = {
+        name: Member(
+            bound=each.bounds_at(delta, number)[bound],
+            p_value=p_values[name],
+            nonvacuous=rejected[name],
+            uniform=each.baselines["uniform"],
+            n_sequences=each.measured.n_sequences,
+        )
+        for name, each in certificates.items()
+    }
+    return Comparison(members, delta)
+
+
+def _p_value(certificate: Certificate, bound: str, level: float) -> float:
+    """p-value of a bound's expectation being at or above log2 V."""
+    sharp = find_sharp(bound)
+    x = sharp.variable(certificate.losses)
+    return betting_p_value(
+        x.samples,
+        x.low,
+        x.high,
+        certificate.losses.baseline,
+        level,
+        time_uniform=certificate.time_uniform,
+    )
