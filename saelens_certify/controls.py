@@ -74,8 +74,11 @@ def shuffle_tests(certificate: Certificate) -> dict[str, ShuffleTest]:
     """Compare the SAE with the controls of each kind that was measured.
 
     Returns:
-        By kind: ``permuted``, ``matched``, ``random_decoder``.
+        By kind: ``permuted``, ``matched``, ``random_decoder``. Empty also if the SAE's own losses decided
+        how many sequences were measured (``until``): its copies did not, so they are not exchangeable.
     """
+    if certificate.time_uniform:
+        return {}
     names = control_names(certificate)
     tests = {}
     for kind in BEYOND:
@@ -88,8 +91,9 @@ def shuffle_tests(certificate: Certificate) -> dict[str, ShuffleTest]:
             np.stack([certificate.column(column) for column in columns]),
             vocab_size=certificate.vocab_size,
             alpha=certificate.config.alpha,
-            delta=certificate.config.delta,
+            delta=certificate.config.share,
             null=_null(kind, certificate),
+            clusters=certificate.clusters,
         )
     return tests
 

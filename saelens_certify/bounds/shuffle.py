@@ -6,6 +6,7 @@ it is one more copy drawn like the others, and it is the best of 1 + R with prob
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import ArrayLike
 
 from saelens_certify.bounds.betting import betting_upper
 from saelens_certify.bounds.checks import real, refuse
+from saelens_certify.bounds.clusters import Labels, cluster_means
 from saelens_certify.bounds.loss import cap_up, check_alpha, check_vocab_size, range_up
 from saelens_certify.bounds.means import mean_distance_up, mean_up
 from saelens_certify.bounds.quantities import LOSS_TOLERANCE
@@ -27,8 +29,8 @@ _DRAWN = (
     "seed fixed before looking; the p-value needs nothing else, the sequences may depend on each other."
 )
 _SEQUENCES = (
-    "Effect and interval are about the R copies that were drawn: expected values over sequences, which are "
-    "independent draws from one distribution, their number fixed before looking."
+    "Effect and interval are about the R copies that were drawn: expected values over sequences (or clusters of "
+    "them), which are independent draws from one distribution, their number fixed before looking."
 )
 _ALONE = "One test by itself: p-values of several tests are not corrected for their number."
 
@@ -120,10 +122,12 @@ def shuffle_test(
     alpha: float = 0.5,
     delta: float = 0.05,
     null: str = NULL,
+    clusters: Labels | None = None,
 ) -> ShuffleTest:
     """Compare the gap of the real SAE with the gaps of R random copies.
 
-    The p-value: :func:`permutation_p_value` of the gaps, compared in exact arithmetic. The interval: on every
+    The p-value: :func:`permutation_p_value` of the gaps, which without clusters are compared in exact
+    arithmetic. The interval: on every
     sequence the copies' mean |loss of M - loss of the copy| minus |loss of M - loss of S∘M| lies in
     [-Delta, Delta]; :func:`betting_upper` bounds the expectation of this difference and of its negative, at
     delta / 2 each.
@@ -137,6 +141,8 @@ def shuffle_test(
         alpha: Smoothing weight of the losses.
         delta: Probability that the interval fails, in (0, 1).
         null: The null hypothesis, in words.
+        clusters: Clusters of sequences that depend on each other, as :func:`cluster_means` takes them: the
+            mean of each counts as one value. None: every sequence by itself.
 
     Raises:
         CertifyError: For R = 0, arrays that do not fit together, losses outside [B - Delta, B], or an
@@ -145,8 +151,9 @@ def shuffle_test(
     losses = _Losses.check(loss_base, loss_sae, loss_controls, vocab_size, alpha)
     log_threshold(delta, 0.0)  # refuses impossible ones before any work
     base, sae, controls, width = losses.base, losses.sae, losses.controls, losses.width
-    gap = mean_distance_up(base, sae)
-    gaps = np.array([mean_distance_up(base, control) for control in controls])
+    labels = None if clusters is None else tuple(clusters)
+    gap = _gap_up(base, sae, labels)
+    gaps = np.array([_gap_up(base, control, labels) for control in controls])
     p_value = permutation_p_value(gap, gaps)
     n = len(controls)
     own_up, own_down = _distance_up(base, sae), _distance_down(base, sae)
@@ -157,14 +164,14 @@ def shuffle_test(
     others_up = div_up(above, np.array(float(n)))
     others_down = np.maximum(np.nextafter(below / n, -np.inf), 0.0)
     # The copies' mean distance minus that of the real SAE, and the reverse, both rounded up.
-    difference = np.clip(add_up(others_up, -own_down), -width, width)
-    reverse = np.clip(add_up(own_up, -others_down), -width, width)
+    difference = _units(np.clip(add_up(others_up, -own_down), -width, width), labels)
+    reverse = _units(np.clip(add_up(own_up, -others_down), -width, width), labels)
     return ShuffleTest(
         p_value=p_value,
         n_permutations=n,
         b=int(np.count_nonzero(gaps <= gap)),
         gap=gap,
-        control_gap=max(0.0, -mean_up(-others_down)),
+        control_gap=max(0.0, -mean_up(_units(-others_down, labels))),
         effect=-mean_up(reverse),
         lower=-betting_upper(reverse, -width, width, delta / 2),
         upper=betting_upper(difference, -width, width, delta / 2),
@@ -221,6 +228,18 @@ class _Losses:
             )
         base, sae, controls = (np.clip(values, low, high) for values in arrays.values())
         return cls(base, sae, controls, float(add_up(high, -low)))
+
+
+def _units(values: FloatArray, clusters: tuple[Hashable, ...] | None) -> FloatArray:
+    """One value per sequence -> one per independent unit, rounded up."""
+    return values if clusters is None else cluster_means(values, clusters)
+
+
+def _gap_up(a: FloatArray, b: FloatArray, clusters: tuple[Hashable, ...] | None) -> float:
+    """The mean over units of |a - b|, rounded up."""
+    if clusters is None:
+        return mean_distance_up(a, b)
+    return mean_up(cluster_means(_distance_up(a, b), clusters))
 
 
 def _distance_up(a: FloatArray, b: FloatArray) -> FloatArray:
