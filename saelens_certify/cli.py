@@ -1,4 +1,4 @@
-"""The command line: ``saelens-certify demo | run | verify | schema | info``.
+"""The command line: ``saelens-certify demo | run | compare | verify | schema | info``.
 
 Exit codes: 0 done (``run``, ``demo``: whatever the verdict; with ``--require_nonvacuous`` only if the
 certificate is non-vacuous; ``verify``: everything matches), 1 vacuous although required, 2 wrong input or
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from saelens_certify.build_info import build_info
-from saelens_certify.certificate import Certificate
+from saelens_certify.certificate import HEADLINE, Certificate
 from saelens_certify.certification import certify
 from saelens_certify.cli_exit import (
     EXIT_DONE,
@@ -39,6 +39,7 @@ from saelens_certify.cli_run import (
     read_documents,
 )
 from saelens_certify.cli_settings import add_settings, config_of
+from saelens_certify.comparison import compare
 from saelens_certify.config_check import check_configs
 from saelens_certify.errors import CertifyError
 from saelens_certify.evidence import CERTIFICATE
@@ -47,6 +48,7 @@ from saelens_certify.report import (
     certificate_figure,
     check_picture,
     print_certificate,
+    print_comparison,
     write_picture,
     write_report,
 )
@@ -107,6 +109,18 @@ def _parser() -> argparse.ArgumentParser:
     add_settings(run, {})
     _add_result_options(run)
     run.set_defaults(command=_run)
+
+    several = commands.add_parser(
+        "compare", help="bounds of several finished runs that hold together, and the best of them"
+    )
+    several.add_argument(
+        "folders", type=Path, nargs="+", help="runs' folders: all that were looked at"
+    )
+    several.add_argument("--delta", type=float, help="failure probability of the whole")
+    several.add_argument(
+        "--bound", default=HEADLINE, help=f"which sharp bound (default: {HEADLINE})"
+    )
+    several.set_defaults(command=_compare)
 
     check = commands.add_parser("verify", help="recompute a certificate and compare every hash")
     check.add_argument("folder", type=Path, help="run's folder, or the certificate.json in it")
@@ -179,8 +193,10 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     check_configs(saes, model)
     documents = read_documents(options, model, config)
 
+    done: dict[str, Certificate] = {}
+
     def certified(target: Target) -> int:
-        certificate = certify(
+        certificate = done[str(target.output)] = certify(
             model,
             open_sae(target.source, options.device, options.sae_dtype),
             calibration=documents["calibration"],
@@ -192,7 +208,10 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 
     if len(targets) == 1:
         return certified(targets[0])
-    return _each(targets, certified, console)
+    code = _each(targets, certified, console)
+    if len(done) > 1:
+        print_comparison(compare(done), console)
+    return code
 
 
 def _each(targets: list[Target], certified: Callable[[Target], int], console: Console) -> int:
@@ -227,6 +246,14 @@ def _finish(
         console.print(f"{what}: {path}", markup=False, highlight=False, soft_wrap=True)
     if options.require_nonvacuous and not certificate.nonvacuous:
         return EXIT_VACUOUS
+    return EXIT_DONE
+
+
+def _compare(options: argparse.Namespace, console: Console) -> int:
+    certificates = {str(folder): Certificate.load(folder) for folder in options.folders}
+    if len(certificates) < len(options.folders):
+        raise CertifyError("compare got the same folder twice; name each run once")
+    print_comparison(compare(certificates, delta=options.delta, bound=options.bound), console)
     return EXIT_DONE
 
 

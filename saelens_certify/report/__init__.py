@@ -1,5 +1,6 @@
 """Certificates for people: a table for the terminal, a figure, a page."""
 
+from saelens_certify.report.comparison import print_comparison
 from saelens_certify.report.figure import certificate_figure
 from saelens_certify.report.page import write_report
 from saelens_certify.report.picture import check_picture, write_picture
@@ -10,6 +11,7 @@ __all__ = [
     "certificate_tables",
     "check_picture",
     "print_certificate",
+    "print_comparison",
     "write_picture",
     "write_report",
 ]

@@ -58,7 +58,9 @@ def _measured(certificate: Certificate) -> Table:
     share = pool.size / certificate.dict_size
     data = certificate.manifest["data"]
     alpha = f"{certificate.config.alpha:g}"
-    table = _table(f"Measured (losses smoothed with alpha = {alpha})", "quantity", "value", "unit")
+    table = plain_table(
+        f"Measured (losses smoothed with alpha = {alpha})", "quantity", "value", "unit"
+    )
     rows: list[tuple[str, str, str]] = [
         ("model", str(certificate.manifest["model"]["name"]), ""),
         ("SAE", _sae_name(certificate), ""),
@@ -85,13 +87,13 @@ def _measured(certificate: Certificate) -> Table:
 def _terms(certificate: Certificate) -> Table:
     shown = [certificate.bounds[name] for name in _SUMS if name in certificate.bounds]
     names = list(dict.fromkeys(term for bound in shown for term in bound.terms))
-    table = _table("What the certificate adds up [bits/token]", "term", *map(_label, shown))
+    table = plain_table("What the certificate adds up [bits/token]", "term", *map(_label, shown))
     for name in names:
         values = [f"{b.terms[name]:.4f}" if name in b.terms else "" for b in shown]
         table.add_row(term_label(name), *values)
     table.add_section()
     table.add_row(
-        "upper bound on the risk of M", *(f"{_up(b.value):.4f}" for b in shown), style="bold"
+        "upper bound on the risk of M", *(f"{rounded_up(b.value):.4f}" for b in shown), style="bold"
     )
     return table
 
@@ -102,13 +104,13 @@ def _bounds(certificate: Certificate) -> Table:
         f"Bounds at {percent(1 - certificate.config.delta)} confidence [bits/token], uniform guess "
         f"{baselines['uniform']:.3f}, unigram model {baselines['unigram']:.3f}"
     )
-    table = _table(title, "bound", "value", "below uniform", "below unigram", "non-vacuous")
+    table = plain_table(title, "bound", "value", "below uniform", "below unigram", "non-vacuous")
     for name, bound in certificate.bounds.items():
         if name in _EXCESS:
             continue
         table.add_row(
             bound_label(name),
-            f"{_up(bound.value):.4f}",
+            f"{rounded_up(bound.value):.4f}",
             f"{baselines['uniform'] - bound.value:+.4f}",
             f"{baselines['unigram'] - bound.value:+.4f}",
             "yes" if bound.nonvacuous(baselines["uniform"]) else "no",
@@ -119,20 +121,24 @@ def _bounds(certificate: Certificate) -> Table:
 def _excess(certificate: Certificate) -> Table:
     confidence = percent(1 - certificate.config.delta)
     title = f"Faithfulness gap: what the proxies lose, at {confidence} confidence [bits/token]"
-    table = _table(title, "excess risk", "measured", "lower", "upper")
+    table = plain_table(title, "excess risk", "measured", "lower", "upper")
     for name in _EXCESS:
         bound = certificate.bounds[name]
-        lower = "" if bound.lower is None else f"{_down(bound.lower):+.4f}"
+        lower = "" if bound.lower is None else f"{rounded_down(bound.lower):+.4f}"
         measured = next(iter(bound.terms.values()))
-        table.add_row(bound_label(name), f"{measured:+.4f}", lower, f"{_up(bound.value):+.4f}")
+        table.add_row(
+            bound_label(name), f"{measured:+.4f}", lower, f"{rounded_up(bound.value):+.4f}"
+        )
     return table
 
 
 def _controls(certificate: Certificate) -> Table:
     title = "Controls"
     if certificate.time_uniform:
-        title += " (no shuffle tests: the SAE's own losses decided how many sequences were measured)"
-    table = _table(title, "proxy", "risk", "gap to M", "KL from M")
+        title += (
+            " (no shuffle tests: the SAE's own losses decided how many sequences were measured)"
+        )
+    table = plain_table(title, "proxy", "risk", "gap to M", "KL from M")
     measured = certificate.measured
     kl = f"{certificate.column('kl').mean():.4f}"
     table.add_row("this SAE", f"{measured.risk_sae:.4f}", f"{measured.gap:.4f}", kl)
@@ -148,7 +154,7 @@ def _controls(certificate: Certificate) -> Table:
 
 def _shuffle_tests(certificate: Certificate) -> Table:
     interval = f"{percent(1 - certificate.config.share)} interval"
-    table = _table(
+    table = plain_table(
         "Shuffle tests: how much larger the gap of random copies is [bits/token]",
         "copies", "R", "p-value", "smallest", "effect", interval, "share", "small p-value: the SAE has",
     )  # fmt: skip
@@ -156,27 +162,28 @@ def _shuffle_tests(certificate: Certificate) -> Table:
         table.add_row(
             CONTROLS[kind],
             f"{test.n_permutations}",
-            f"{_up(test.p_value):.4f}",
-            f"{_up(test.smallest_p_value):.4f}",
+            f"{rounded_up(test.p_value):.4f}",
+            f"{rounded_up(test.smallest_p_value):.4f}",
             f"{test.effect:+.4f}",
-            f"{_down(test.lower):+.4f} to {_up(test.upper):+.4f}",
+            f"{rounded_down(test.lower):+.4f} to {rounded_up(test.upper):+.4f}",
             f"{test.share:+.1%}",
             BEYOND[kind],
         )
     return table
 
 
-def _up(value: float) -> float:
+def rounded_up(value: float) -> float:
     """Round to what is shown, upwards."""
-    return math.ceil(value * 1e4 * (1 - 1e-12)) / 1e4 if value > 0 else -_down(-value)
+    return math.ceil(value * 1e4) / 1e4
 
 
-def _down(value: float) -> float:
+def rounded_down(value: float) -> float:
     """Round to what is shown, downwards."""
     return math.floor(value * 1e4) / 1e4
 
 
-def _table(title: str, first: str, *columns: str) -> Table:
+def plain_table(title: str, first: str, *columns: str) -> Table:
+    """Return an empty table: the first column to the left, all others to the right."""
     # Titles hold units in square brackets, which rich would take for markup.
     table = Table(title=escape(title), title_justify="left")
     table.add_column(first)
