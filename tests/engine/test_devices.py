@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from integrations import sae_lens_world as world
-from sae_lens.evals import get_eval_everything_config
-from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens import SAE
 from saes import test_third_party as third_party
 from torch import Tensor
 from transformer_lens.utilities.multi_gpu import get_device_for_block_index
@@ -28,7 +26,7 @@ from saelens_certify import (
     measure,
     verify,
 )
-from saelens_certify.integrations.sae_lens import run_evals
+from saelens_certify.cli import main
 from saelens_certify.integrations.transformer_lens import proxy_hooks
 from saelens_certify.monitor import Monitor
 
@@ -285,7 +283,7 @@ def split_model() -> Any:
     return model
 
 
-# ---- Hooks, monitors, verification, metrics ---------------------------------------------------
+# ---- Hooks, monitors, verification, command line ----------------------------------------------
 
 
 @pytest.mark.parametrize("kind", THREE_KINDS)
@@ -347,23 +345,26 @@ def test_verify(place, tmp_path) -> None:
         assert result.largest_difference < 1e-5
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_run_evals(place) -> None:
-    def evaluated(device: str, sae_device: str) -> dict[str, float]:
-        model = copy.deepcopy(world.model())
-        model = model if device == CPU else model.to(device)
-        sae = world.trained_sae().to(device=torch.device(sae_device))
-        store = world.store_of(model, sae, world.text_dataset(), device=device)
-        before = snapshot(model, sae)
-        metrics, _ = run_evals(
-            sae, store, model, ActivationScaler(), get_eval_everything_config(4, 2, 2),
-            certify_config=CertifyConfig(seq_len=world.SEQ_LEN, progress=False),
-            n_calibration_sequences=30, n_evaluation_sequences=20,
-        )  # fmt: skip
-        assert_unmoved(before, model, sae)
-        return metrics["faithfulness_certificate"]
+def test_command_line(tmp_path, monkeypatch) -> None:
+    """``--device`` is for both; its certificate is that of a CPU."""
+    load = SAE.load_from_disk.__func__
 
-    assert evaluated(*PLACES[place]) == pytest.approx(evaluated(CPU, CPU), abs=1e-6)
+    def load_and_move(cls: Any, path: Any, device: str, **options: Any) -> Any:
+        # safetensors knows the names of real devices only.
+        return load(cls, path, device=CPU, **options).to(device=torch.device(device))
+
+    monkeypatch.setattr(SAE, "load_from_disk", classmethod(load_and_move))
+    np.save(tmp_path / "tokens.npy", make_tokens(60, seed=9).numpy())
+    make_sae(d_in=128).save_model(tmp_path / "sae")
+    found = []
+    for device in (CPU, SECOND):
+        folder = tmp_path / device.replace(":", "")
+        arguments = ["run", "--model", "demo", "--sae", str(tmp_path / "sae")]
+        arguments += ["--data", str(tmp_path / "tokens.npy"), "--output", str(folder)]
+        main([*arguments, "--seq_len", "12", "--no-progress", "--device", device])
+        found.append(Certificate.load(folder))
+    assert [each.manifest["sae"]["device"] for each in found] == [CPU, SECOND]
+    assert_same(found[1], found[0])
 
 
 # ---- What these tests are worth ---------------------------------------------------------------
