@@ -25,6 +25,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
         f"{len(members)} certificates at {confidence} confidence together: {name} [bits/token]",
         "certificate", "N", "bound", "below uniform", "p-value", "non-vacuous (Holm)",
     )  # fmt: skip
+    table.columns[0].overflow = "fold"
     for title, member in members:
         table.add_row(
             escape(title),
