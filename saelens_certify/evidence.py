@@ -290,7 +290,7 @@ def dump_calibration(calibration: Calibration) -> bytes:
             "target_counts": calibration.target_counts,
             "activation_sums": calibration.activation_sums.contiguous(),
             "activation_tokens": calibration.activation_tokens,
-            "n_sequences": torch.tensor(calibration.n_sequences, dtype=torch.int64),
+            "n_sequences": torch.tensor(calibration.n_sequences, dtype=torch.int64, device="cpu"),
         }
     )
 

@@ -23,9 +23,10 @@ def frequency_groups(counts: Int[Tensor, " d_sae"]) -> Int[Tensor, " d_sae"]:
     counts = counts.cpu()
     active = counts[counts > 0].sort().values
     if len(active) == 0:
-        return torch.zeros(len(counts), dtype=torch.int64)
+        return torch.zeros_like(counts, dtype=torch.int64)
     # The largest count of each decile but the last.
-    last = (torch.arange(1, N_GROUPS) * len(active) + N_GROUPS - 1) // N_GROUPS - 1
+    ranks = torch.arange(1, N_GROUPS, device="cpu")
+    last = (ranks * len(active) + N_GROUPS - 1) // N_GROUPS - 1
     groups = 1 + torch.searchsorted(active[last], counts)
     return groups * (counts > 0)
 
@@ -42,10 +43,11 @@ def permutation_within(
     Returns:
         int64; the only feature of a group stays where it is.
     """
-    permutation = torch.arange(len(groups))
+    permutation = torch.arange(len(groups), device=groups.device)
     for group in groups.unique().tolist():
         members = (groups == group).nonzero()[:, 0]
-        permutation[members] = members[torch.randperm(len(members), generator=generator)]
+        order = torch.randperm(len(members), generator=generator, device=generator.device)
+        permutation[members] = members[order]
     return permutation
 
 

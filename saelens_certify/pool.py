@@ -61,10 +61,10 @@ class Calibration:
     def empty(cls, d_sae: int, d_vocab: int, d_out: int) -> Calibration:
         """Return a calibration that has seen nothing."""
         return cls(
-            counts=torch.zeros(d_sae, dtype=torch.int64),
-            target_counts=torch.zeros(d_vocab, dtype=torch.int64),
-            activation_sums=torch.zeros(2, d_out, dtype=torch.float64),
-            activation_tokens=torch.zeros(2, dtype=torch.int64),
+            counts=torch.zeros(d_sae, dtype=torch.int64, device="cpu"),
+            target_counts=torch.zeros(d_vocab, dtype=torch.int64, device="cpu"),
+            activation_sums=torch.zeros(2, d_out, dtype=torch.float64, device="cpu"),
+            activation_tokens=torch.zeros(2, dtype=torch.int64, device="cpu"),
             n_sequences=0,
         )
 

@@ -114,7 +114,8 @@ def random_decoder(
 
     def draw() -> Float[Tensor, "d_sae d_out"]:
         generator = torch.Generator().manual_seed(_stream_seed(seed, _DECODER_STREAM, index))
-        rows = torch.randn(adapter.d_sae, adapter.d_out, generator=generator)
+        shape = adapter.d_sae, adapter.d_out
+        rows = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
         rows = rows / rows.norm(dim=-1, keepdim=True)
         rows = rows.to(adapter.device)
         return rows * own.float().norm(dim=-1, keepdim=True) if norm == "matched" else rows
@@ -169,7 +170,7 @@ def check_controls(adapter: SAEAdapter, config: CertifyConfig) -> None:
 def feature_permutation(d_sae: int, seed: int, index: int) -> Int[Tensor, " d_sae"]:
     """Return permutation ``index`` of a run as int32."""
     generator = torch.Generator().manual_seed(_stream_seed(seed, _PERMUTATION_STREAM, index))
-    return torch.randperm(d_sae, generator=generator).to(torch.int32)
+    return torch.randperm(d_sae, generator=generator, device="cpu").to(torch.int32)
 
 
 def matched_permutation(

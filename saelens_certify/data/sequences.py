@@ -156,7 +156,7 @@ class Sequences:
                     f"sequence index {row} is outside 0..{len(self) - 1}. Select existing rows."
                 )
         return Sequences(
-            self.tokens[torch.tensor(rows, dtype=torch.int64)],
+            self.tokens[torch.tensor(rows, dtype=torch.int64, device="cpu")],
             tuple(self.document_ids[row] for row in rows),
             tuple(self.hashes[row] for row in rows),
             self.source,

@@ -187,7 +187,7 @@ def _stored_tokens(
             f"{int(lengths.max())} tokens"
         )
     kept = lengths >= seq_len
-    sequences = tokens[starts[kept, None] + torch.arange(seq_len)]
+    sequences = tokens[starts[kept, None] + torch.arange(seq_len, device=tokens.device)]
     return sequences, [bytes(row).hex() for row in hashes[kept].tolist()]
 
 

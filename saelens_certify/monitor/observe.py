@@ -147,8 +147,8 @@ class Observer:
         index = torch.from_numpy(rows)
         kept = min(n_positions, self.seq_len)
         if mask is None:
-            places = torch.arange(kept).expand(len(rows), kept)
-            real = torch.ones(len(rows), kept, dtype=torch.bool)
+            places = torch.arange(kept, device="cpu").expand(len(rows), kept)
+            real = torch.ones(len(rows), kept, dtype=torch.bool, device="cpu")
         else:
             of_rows = mask[index]
             places = (~of_rows).to(torch.int8).sort(dim=1, stable=True).indices[:, :kept]
@@ -157,7 +157,7 @@ class Observer:
         if self.positions == "no_bos":
             coded[:, 0] = False
             if tokens is not None and self.needs_tokens:
-                special = torch.isin(tokens[index], torch.tensor(self.special_ids))
+                special = torch.isin(tokens[index], torch.tensor(self.special_ids, device="cpu"))
                 coded &= ~special.gather(1, places)
         complete = (real.sum(dim=1) == self.seq_len) & coded.any(dim=1)
         return Selection(index, places, real, coded, complete.numpy())

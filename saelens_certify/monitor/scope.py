@@ -64,7 +64,9 @@ class Scope:
 
     def lengths(self, shape: tuple[int, int]) -> Int[Tensor, " batch"]:
         """Number of real tokens of each sequence."""
-        return torch.full(shape[:1], shape[1]) if self.mask is None else self.mask.sum(dim=1)
+        if self.mask is not None:
+            return self.mask.sum(dim=1)
+        return torch.full(shape[:1], shape[1], dtype=torch.int64, device="cpu")
 
     def without(self, first_token: int | None) -> int | None:
         """Count the sequences whose first real token is another; None where that is not known."""

@@ -227,7 +227,7 @@ def _temporal(sae: Any) -> SAEAdapter:
         undo: TokenMap | None
         if sae.cfg.normalize_activations == "constant_scalar_rescale":
             factor = float(sae.cfg.activation_normalization_factor)
-            undo = TokenMap(scale=torch.full((len(shift), 1), 1 / factor, device=shift.device))
+            undo = TokenMap(scale=torch.full_like(shift[:, :1], 1 / factor))
         else:
             _, undo = normalize(x.float().flatten(0, 1), check_mode(sae.cfg.normalize_activations))
         if undo is None:

@@ -120,7 +120,7 @@ class OwnCodecAdapter(OwnEncoderAdapter):
         if decoder is None:
             return self._own_decode(features.to_dense(self.d_sae), token_map)
         # Other rows in place of the SAE's: what is left of it without features, plus their sum.
-        none = torch.zeros(features.n_tokens, self.d_sae, device=features.device)
+        none = features.values.new_zeros(features.n_tokens, self.d_sae)
         decoded, _ = ops.decode(features, decoder, None, impl=impl)
         if token_map is not None and token_map.scale is not None:
             decoded = decoded * token_map.scale

@@ -23,6 +23,7 @@ from saelens_certify import (
     CertifyConfig,
     CertifyError,
     certify,
+    demo,
     measure,
     verify,
 )
@@ -49,6 +50,7 @@ CONFIG = CertifyConfig(
     progress=False,
     seed=4,
 )
+VARIANTS = ("sae", "pool", "permuted_0", "random_decoder_0")
 CALIBRATION, EVALUATION = make_tokens(12, seed=1), make_tokens(16, seed=2)
 
 pytestmark = pytest.mark.usefixtures("_second_device")
@@ -108,69 +110,6 @@ def assert_same(found: Certificate, expected: Certificate, atol: float = 1e-5) -
             np.testing.assert_allclose(ours, theirs, atol=atol, rtol=1e-5, err_msg=name)
     for name, bound in expected.bounds.items():
         assert abs(found.bounds[name].value - bound.value) < atol, name
-
-
-# ---- The device itself ------------------------------------------------------------------------
-
-
-def away(*shape: int) -> Tensor:
-    return torch.ones(shape).to(SECOND)
-
-
-MIXED = {
-    "add": lambda: away(3) + torch.ones(3),
-    "add to CPU": lambda: torch.ones(3) + away(3),
-    "in place": lambda: torch.ones(()).add_(away(3)[0]),
-    "number from a device": lambda: torch.ones(3) * away(3)[0],
-    "other index": lambda: away(3) + torch.ones(3).to(THIRD),
-    "matrices": lambda: away(2, 3) @ torch.ones(3, 2),
-    "matrix on CPU": lambda: torch.ones(2, 3) @ away(3, 2),
-    "layer": lambda: torch.nn.functional.linear(away(2, 3), torch.ones(4, 3)),
-    "embedding": lambda: torch.nn.functional.embedding(torch.zeros(2).long(), away(3, 4)),
-    "norm": lambda: torch.nn.functional.layer_norm(away(2, 3), (3,), torch.ones(3)),
-    "cat": lambda: torch.cat([away(2), torch.ones(2)]),
-    "where": lambda: torch.where(torch.ones(3) > 0, away(3), away(3)),
-    "gather": lambda: away(3).gather(0, torch.zeros(3).long()),
-    "index of CPU": lambda: torch.ones(3)[away(3).long()],
-    "mask of CPU": lambda: torch.ones(3)[away(3) > 0],
-    "put": lambda: away(3).index_put_((torch.zeros(2).long(),), torch.ones(2)),
-    "scatter": lambda: torch.zeros(3).scatter_(0, away(3).long(), away(3)),
-    "search": lambda: torch.searchsorted(away(3), torch.ones(3)),
-    "generator": lambda: torch.randn(3, generator=torch.Generator(), device=SECOND),
-    "numpy": lambda: away(3).numpy(),
-}
-
-
-@pytest.mark.parametrize("what", MIXED)
-def test_what_a_gpu_refuses_is_refused(what) -> None:
-    message = "same device|indices should be either on|device type for generator|numpy"
-    with pytest.raises((RuntimeError, TypeError), match=message):
-        MIXED[what]()
-
-
-def test_what_a_gpu_allows_is_allowed() -> None:
-    x = torch.arange(12.0).reshape(3, 4)
-    there = x.to(SECOND)
-    assert str(there.device) == SECOND
-    assert there.to(THIRD).to(CPU).equal(x)
-    rows = torch.tensor([2, 0])
-    assert there[rows].device == there.device
-    for found, expected in [
-        (there + torch.tensor(1.0), x + 1),
-        (there[rows], x[rows]),
-        (there[x[:, 0] > 3], x[x[:, 0] > 3]),
-        ((there @ there.T).softmax(-1), (x @ x.T).softmax(-1)),
-        (there.view(-1)[1:5].sort(descending=True).values, x.view(-1)[1:5].flip(0)),
-    ]:
-        assert torch.equal(found.cpu(), expected)
-    there[1] = torch.zeros(4)  # a copy crosses devices
-    there.view(-1)[-1] = -1.0
-    x[1], x[2, 3] = 0, -1
-    assert torch.equal(there.cpu(), x)
-    assert torch.equal(copy.deepcopy(there).cpu(), x)
-    out = torch.empty(0, device=SECOND)
-    torch.add(there, 1, out=out)
-    assert torch.equal(out.cpu(), x + 1)
 
 
 # ---- Certificates -----------------------------------------------------------------------------
@@ -248,6 +187,30 @@ def test_settings_and_tokens_on_a_device(place) -> None:
         assert_same(found, run(model_on(CPU), sae_on(CPU), config=config))
 
 
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", THREE_KINDS)
+def test_defaults_of_torch_do_not_matter(place, kind, tmp_path) -> None:
+    """People set ``torch.set_default_device("cuda")``: what belongs on the CPU is put there."""
+    device, sae_device = PLACES[place]
+    pair = model_on(device), sae_on(sae_device, kind)
+    expected = at_home(kind)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device(SECOND):
+            found = run(*pair, output=tmp_path / "run")
+            verify(tmp_path / "run", model=pair[0], sae=pair[1], evaluation=EVALUATION)
+            monitor = Monitor(found, pair[1], share=1.0, on_error="raise")
+            with monitor.attached(pair[0]):
+                pair[0](EVALUATION.to(device))
+            for variant in VARIANTS:
+                proxy_hooks(pair[1], variant, found)
+            assert demo.load_sequences("evaluation").tokens.device == torch.device(CPU)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(found, expected)
+    assert monitor.report().totals.sequences == len(EVALUATION)
+
+
 def test_compiled_operators_are_not_asked_for_where_there_are_none() -> None:
     with pytest.raises(CertifyError, match="no compiled operators for privateuseone"):
         run(model_on(CPU), sae_on(SECOND), config=dataclasses.replace(CONFIG, impl="native"))
@@ -296,7 +259,7 @@ def test_proxy_hooks(kind, place) -> None:
     before = snapshot(model, sae)
     coded = torch.ones(EVALUATION.shape, dtype=torch.bool)
     coded[:, :3] = False
-    for variant in ("sae", "pool", "permuted_0", "random_decoder_0"):
+    for variant in VARIANTS:
         for positions in (None, coded):
             logits = [
                 each.run_with_hooks(

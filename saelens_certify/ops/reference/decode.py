@@ -106,7 +106,8 @@ def _renamed(indices: Tensor, permutation: Tensor) -> Tensor:
 
 
 def _decode_rows(values: Tensor, indices: Tensor, counts: Tensor, W_dec: Tensor) -> Tensor:
-    total = torch.zeros(values.shape[0], W_dec.shape[1], device=values.device)
+    shape = values.shape[0], W_dec.shape[1]
+    total = torch.zeros(shape, dtype=torch.float32, device=values.device)
     slots = int(counts.max()) if values.shape[0] else 0
     for slot in range(slots):
         rows = (counts > slot).nonzero().squeeze(1)

@@ -89,7 +89,7 @@ class Encoder:
                 screened *= self.scale[part]
                 size = self.scale[part].double().abs()
                 margins = relative * (norms * size) + offset * size + absolute * (1 + size)
-            theta = torch.zeros((), device=x.device).expand(columns)
+            theta = torch.zeros((), dtype=torch.float32, device=x.device).expand(columns)
             if self.theta is not None:
                 theta = self.theta[part]
             yield _Tile(start, screened, _rounded_up(margins), theta, gate)
@@ -159,7 +159,7 @@ class _Best:
 
     def __init__(self, n_rows: int, k: int, device: torch.device) -> None:
         self.k = k
-        self.values = torch.full((n_rows, k), -torch.inf, device=device)
+        self.values = torch.full((n_rows, k), -torch.inf, dtype=torch.float32, device=device)
         self.indices = torch.full((n_rows, k), -1, dtype=torch.int64, device=device)
 
     @property
