@@ -169,7 +169,8 @@ def _coins(p: float, q: float) -> Law:
     """The largest gap or none: for the real SAE with probability p, for all copies at once with q."""
 
     def draw(rng: np.random.Generator, n: int) -> Array:
-        return WIDTH * np.vstack([rng.random(n) < p, np.tile(rng.random(n) < q, (3, 1))])
+        hit = np.vstack([rng.random(n) < p, np.tile(rng.random(n) < q, (3, 1))])
+        return np.where(hit, WIDTH, 0.0)
 
     return Law((q - p) * WIDTH, draw)
 

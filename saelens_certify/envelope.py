@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import uuid
 from collections.abc import Mapping
@@ -40,6 +41,7 @@ def envelope(certificate: Certificate, files: Mapping[str, str]) -> dict[str, An
         "sae_cfg_dict": sae["config"],
         "eval_result_unstructured": {
             "verdict": certificate.verdict(),
+            "stop": None if certificate.stop is None else dataclasses.asdict(certificate.stop),
             "bounds": {
                 name: {
                     "value": bound.value,

@@ -8,6 +8,7 @@ Pure arithmetic and statistics on NumPy arrays: this folder knows neither torch 
   ``statements``: bounds as typed statements.
 - ``joint``: the variable whose mean bounds the risk of M. ``sharp``: the bounds that test it, ``significance``
   p-values, ``stopping`` when a run is decided, ``thresholds`` the pool's threshold chosen after looking.
+- ``shuffle``: is the SAE better than random copies of it?
 - ``hoeffding``: the inequality behind all of the above. ``profile``: a bound as a function of N.
 - ``betting``, ``concentration``, ``sequences``: upper confidence bounds of any bounded mean, for one number
   of samples or for all at once. ``wealth``: the mechanism of betting. ``samples``, ``times``: what they take.
@@ -29,6 +30,7 @@ from saelens_certify.bounds.preprint import preprint
 from saelens_certify.bounds.published import published, published_terms
 from saelens_certify.bounds.sequences import bernstein_sequence, hoeffding_sequence
 from saelens_certify.bounds.sharp import SHARP, sharp_sequence, sharp_value
+from saelens_certify.bounds.shuffle import ShuffleTest, permutation_p_value, shuffle_test
 from saelens_certify.bounds.significance import betting_p_value, holm
 from saelens_certify.bounds.statements import (
     Bound,
@@ -45,6 +47,7 @@ __all__ = [
     "Bound",
     "Losses",
     "Measured",
+    "ShuffleTest",
     "Stop",
     "asymptotic_floor",
     "bernstein_sequence",
@@ -67,6 +70,7 @@ __all__ = [
     "loss_cap",
     "loss_range",
     "mean_up",
+    "permutation_p_value",
     "preprint",
     "published",
     "published_terms",
@@ -74,6 +78,7 @@ __all__ = [
     "sharp_certificates",
     "sharp_sequence",
     "sharp_value",
+    "shuffle_test",
     "uniform_baseline",
     "with_assumptions",
 ]
