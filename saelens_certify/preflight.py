@@ -17,6 +17,7 @@ from saelens_certify.config import CertifyConfig
 from saelens_certify.data import Sequences
 from saelens_certify.errors import CertifyError
 from saelens_certify.forward import check_hook
+from saelens_certify.ops._library import use_native
 from saelens_certify.saes import SAEAdapter
 from saelens_certify.saes.architectures import input_and_output_hook
 from saelens_certify.saes.hookpoints import check_hookpoint
@@ -27,14 +28,18 @@ def check_settings(model: Any, config: CertifyConfig) -> None:
     """Check that the settings fit the model and that nothing around the call changes numbers.
 
     Raises:
-        CertifyError: If sequences are longer than the model's context, or autocast is on.
+        CertifyError: If sequences are longer than the model's context, autocast is on, or compiled
+            operators are demanded that the model's device does not have.
     """
     n_ctx = getattr(model.cfg, "n_ctx", None)
     if n_ctx and config.seq_len > n_ctx:
         raise CertifyError(
             f"seq_len = {config.seq_len} is longer than the model's context of {n_ctx} tokens"
         )
-    if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
+    devices = {parameter.device for parameter in model.parameters()}
+    for device in devices:
+        use_native(config.impl, device)
+    if any(map(torch.is_autocast_enabled, {"cpu", "cuda", *(device.type for device in devices)})):
         raise CertifyError(
             "torch.autocast is on, so the model and the SAE would not compute what they are; call "
             "certify outside of it (load the model in the dtype you want)"

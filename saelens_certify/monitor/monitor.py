@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -387,5 +387,7 @@ class Monitor:
     @torch.no_grad()
     def _measure(self, selection: Selection, x: Tensor, activation: Tensor) -> Columns:
         y = selection.take(activation)
-        with torch.autocast(y.device.type, enabled=False):
+        with ExitStack() as off:
+            for device in {y.device.type, self._observer.adapter.device.type}:
+                off.enter_context(torch.autocast(device, enabled=False))
             return self._observer.measure(selection, x, y)

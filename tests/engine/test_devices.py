@@ -28,6 +28,7 @@ from saelens_certify import (
     verify,
 )
 from saelens_certify.cli import main
+from saelens_certify.evidence import CALIBRATION as CALIBRATION_FILE
 from saelens_certify.integrations.transformer_lens import proxy_hooks
 from saelens_certify.monitor import Monitor
 
@@ -211,9 +212,33 @@ def test_defaults_of_torch_do_not_matter(place, kind, tmp_path) -> None:
     assert monitor.report().totals.sequences == len(EVALUATION)
 
 
-def test_compiled_operators_are_not_asked_for_where_there_are_none() -> None:
-    with pytest.raises(CertifyError, match="no compiled operators for privateuseone"):
-        run(model_on(CPU), sae_on(SECOND), config=dataclasses.replace(CONFIG, impl="native"))
+def test_compiled_operators_are_not_asked_for_where_there_are_none(tmp_path) -> None:
+    config = dataclasses.replace(CONFIG, impl="native")
+    for device, sae_device in ((CPU, SECOND), (SECOND, CPU)):
+        folder = tmp_path / device.replace(":", "")
+        with pytest.raises(CertifyError, match="no compiled operators for privateuseone"):
+            run(model_on(device), sae_on(sae_device), config=config, output=folder)
+        assert not (folder / CALIBRATION_FILE).exists(), "known before any long work"
+
+
+@pytest.mark.parametrize("kind", THREE_KINDS)
+@pytest.mark.parametrize("place", ["model away", "SAE away"])
+def test_autocast(kind, place) -> None:
+    """Refused by `certify`; a monitor computes its own numbers without it, wherever its SAE is."""
+    device, sae_device = PLACES[place]
+    model, sae = model_on(device), sae_on(sae_device, kind)
+    reports = []
+    for enabled in (False, True):
+        monitor = Monitor(at_home(kind), sae, share=1.0, on_error="raise")
+        # Of the SAE's device: the model on the other one is not changed by it.
+        autocast = torch.autocast(torch.device(sae_device).type, torch.bfloat16, enabled=enabled)
+        with autocast, monitor.attached(model):
+            model(EVALUATION)
+        reports.append(monitor.report().to_dict())
+    assert reports[1] == pytest.approx(reports[0], abs=1e-6)
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16)
+    with autocast, pytest.raises(CertifyError, match="autocast is on"):
+        run(model, sae)
 
 
 @pytest.mark.parametrize("sae_device", [CPU, SECOND, THIRD])
