@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
+from saelens_certify.baselines import kept, unigram_risk
 from saelens_certify.bounds import (
     Bound,
     Losses,
@@ -22,18 +23,19 @@ from saelens_certify.bounds import (
     doubling_thresholds,
     first_stop,
     log_binom,
-    loss_range,
     mean_up,
     sharp_certificates,
     sharp_sequence,
     with_assumptions,
 )
 from saelens_certify.bounds import uniform_baseline as log2_vocab
+from saelens_certify.bounds.baselines import Risk
+from saelens_certify.bounds.kept import Kept
 from saelens_certify.bounds.shuffle import ShuffleTest
 from saelens_certify.bounds.statements import check_family, shared_delta
 from saelens_certify.bounds.times import looks
 from saelens_certify.config import CertifyConfig
-from saelens_certify.controls import measured_controls, shuffle_metrics, shuffle_tests
+from saelens_certify.controls import measured_controls, shuffle_tests
 from saelens_certify.envelope import EVAL_TYPE, envelope
 from saelens_certify.errors import EvidenceError
 from saelens_certify.evidence import (
@@ -49,6 +51,7 @@ from saelens_certify.evidence import (
     reading,
 )
 from saelens_certify.manifest import Manifest
+from saelens_certify.metrics import flat_metrics
 from saelens_certify.pool import Calibration, Pool
 from saelens_certify.schedule import part_clusters, part_slices
 from saelens_certify.sealing import file_hashes, join_parts
@@ -109,6 +112,7 @@ class Certificate:
             vocab_size=self.vocab_size,
             alpha=self.config.alpha,
             clusters=self.clusters,
+            loss_unigram=self.column("loss_unigram"),
         )
 
     @cached_property
@@ -237,6 +241,20 @@ class Certificate:
             "unigram": mean_up(self.column("loss_unigram")),
         }
 
+    @cached_property
+    def unigram_risk(self) -> Risk:
+        """Risk of the calibration unigram model, with two-sided confidence limits."""
+        return unigram_risk(self)
+
+    @cached_property
+    def kept(self) -> dict[str, Kept]:
+        """Share of the model's advantage over a baseline that a proxy keeps, with confidence limits.
+
+        By proxy and baseline: sae_unigram, sae_uniform, pool_unigram, pool_uniform. Empty with ``until``: the
+        limits are for a number of sequences fixed in advance.
+        """
+        return kept(self)
+
     @property
     def headline(self) -> Bound:
         """The bound behind the verdict: that which ``until`` looked at, else sharp_betting."""
@@ -284,36 +302,7 @@ class Certificate:
             ``{"faithfulness_certificate": {name: number}}``, ready for ``all_metrics.update(...)``:
             every bound by name (bits per token) and what it was computed from.
         """
-        measured, config = self.measured, self.config
-        flat: dict[str, float] = {name: bound.value for name, bound in self.bounds.items()}
-        flat |= {f"{n}_lower": b.lower for n, b in self.bounds.items() if b.lower is not None}
-        flat |= {
-            "risk_base": measured.risk_base,
-            "risk_sae": measured.risk_sae,
-            "risk_pool": measured.risk_pool,
-            "gap": measured.gap,
-            "eta": measured.eta,
-            "n_sequences": measured.n_sequences,
-            "vocab_size": self.vocab_size,
-            "dict_size": self.dict_size,
-            "pool_size": self.pool.size,
-            "alpha": config.alpha,
-            "delta": config.delta,
-            "loss_range": float(loss_range(self.vocab_size, config.alpha)),
-            "log_binom": float(log_binom(self.dict_size, self.pool.size)),
-            "baseline_uniform": self.baselines["uniform"],
-            "baseline_unigram": self.baselines["unigram"],
-            "kl": mean_up(self.column("kl")),
-            "top1_agreement": mean_up(self.column("top1_agreement")),
-            "gold_logprob_gap": mean_up(self.column("gold_logprob_gap")),
-            "l0": mean_up(self.column("l0")),
-            "explained_variance": self.explained_variance(),
-            "explained_variance_no_first": self.explained_variance(first=False),
-        }
-        for name, control in self.controls.items():
-            flat |= {f"{key}_{name}": value for key, value in control.items()}
-        flat |= shuffle_metrics(self.shuffle_tests)
-        return {EVAL_TYPE: flat}
+        return {EVAL_TYPE: flat_metrics(self)}
 
     def to_json(self, files: Mapping[str, str]) -> dict[str, Any]:
         """Return the certificate in SAEBench's envelope.

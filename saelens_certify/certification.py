@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from saelens_certify.certificate import Certificate
 from saelens_certify.config import CertifyConfig
 from saelens_certify.data import Sequences, as_sequences, check_disjoint
 from saelens_certify.data.stores import is_store
-from saelens_certify.dependence import independent_draws
+from saelens_certify.dependence import Draws, independent_draws
 from saelens_certify.evidence import EVIDENCE, RunFolder, reading, to_table
 from saelens_certify.forward import ForwardEngine, choose_strategy
 from saelens_certify.manifest import Manifest, build_manifest
@@ -101,7 +100,7 @@ def certify(
         for name, data in (("calibration", calibration), ("evaluation", evaluation))
     }
     check_disjoint(documents["calibration"], documents["evaluation"])
-    documents["evaluation"], clusters = independent_draws(documents["evaluation"], config)
+    draws = independent_draws(documents["calibration"], documents["evaluation"], config)
     warn_about_training_positions(sae.cfg.metadata)
     for name, sequences in documents.items():
         warn_about_bos(model, sequences, name)
@@ -117,7 +116,8 @@ def certify(
         sae=sae,
         adapter=adapter,
         calibration=documents["calibration"],
-        evaluation=documents["evaluation"],
+        evaluation=draws.sequences,
+        dependence=draws.found,
         config=config,
         self_check=dataclasses.asdict(checked),
         sae_id=sae_id or loaded.name,
@@ -128,9 +128,7 @@ def certify(
         folder, manifest = RunFolder.open(output, manifest)
         check_seal(folder)
     calibrated = _calibrate(engine, adapter, documents["calibration"], config, folder)
-    certificate = _evaluate(
-        engine, adapter, manifest, calibrated, documents["evaluation"], clusters, config, folder
-    )
+    certificate = _evaluate(engine, adapter, manifest, calibrated, draws, config, folder)
     if folder is not None:
         with reading(folder.path):
             certificate.seal(folder)
@@ -194,8 +192,7 @@ def _evaluate(
     adapter: SAEAdapter,
     manifest: Manifest,
     calibration: Calibration,
-    sequences: Sequences,
-    clusters: Sequence[str | None] | None,
+    draws: Draws,
     config: CertifyConfig,
     folder: RunFolder | None,
 ) -> Certificate:
@@ -211,6 +208,7 @@ def _evaluate(
     special = special_token_ids(engine.model)
     where = Path(EVIDENCE) if folder is None else folder.path / EVIDENCE
     tables: list[pa.Table] = []
+    sequences, clusters = draws.sequences, draws.clusters
     parts = part_slices(config, clusters or [None] * len(sequences))
     with _progress("evaluation", sequences, 0, config) as bar:
         for index, part in enumerate(parts):

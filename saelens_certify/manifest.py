@@ -47,6 +47,7 @@ def build_manifest(
     adapter: SAEAdapter,
     calibration: Sequences,
     evaluation: Sequences,
+    dependence: Mapping[str, Any],
     config: CertifyConfig,
     self_check: Mapping[str, Any],
     sae_id: str | None = None,
@@ -60,6 +61,7 @@ def build_manifest(
         adapter: The adapter made from it.
         calibration: Calibration sequences.
         evaluation: Evaluation sequences.
+        dependence: Which of them repeat each other, or calibration sequences.
         config: Settings.
         self_check: Result of comparing the adapter with ``sae.forward``.
         sae_id: How the user named the SAE: ``release/sae_id`` or a folder.
@@ -130,6 +132,7 @@ def build_manifest(
             }
             for name, sequences in (("calibration", calibration), ("evaluation", evaluation))
         },
+        "dependence": dict(dependence),
     }
 
 
@@ -143,6 +146,7 @@ def provenance(manifest: Manifest) -> dict[str, Any]:
             name: {"n_sequences": side["n_sequences"], "source": _without_folders(side["source"])}
             for name, side in manifest["data"].items()
         },
+        "dependence": manifest["dependence"],
         "versions": manifest["versions"],
     }
 

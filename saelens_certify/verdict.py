@@ -31,13 +31,15 @@ def verdict(certificate: Certificate) -> str:
             f"{said}: vacuous, a uniform guess over {certificate.vocab_size} tokens has {uniform:.2f}."
             f"{_decided(certificate)}"
         )
-    beyond = (
-        f"and {unigram - bound.value:.2f} below the measured loss of a unigram model ({unigram:.2f})"
-        if bound.nonvacuous(unigram)
-        else f"but no better than the measured loss of a unigram model ({unigram:.2f})"
+    over_unigram = certificate.bounds["sharp_unigram"].value
+    unigram = (
+        f" By a separate statement of the same confidence it is at least {-over_unigram:.2f} below that of a "
+        "unigram model."
+        if over_unigram < 0
+        else f" It is not shown to be below that of a unigram model (measured {unigram:.2f})."
     )
     return (
-        f"{said}: {uniform - bound.value:.2f} below a uniform guess ({uniform:.2f}) {beyond}."
+        f"{said}: {uniform - bound.value:.2f} below a uniform guess ({uniform:.2f}).{unigram}"
         f"{_decided(certificate)}"
     )
 

@@ -85,7 +85,9 @@ def verify(
     hashes = compare_hashes(folder, stored)
     certificate = Certificate.load(folder.path)
     ids = certificate.evidence.column("sequence").to_pylist()
-    if set_digest(ids) != certificate.manifest["identity"]["evaluation_sha256"]:
+    stopped_early = len(ids) < certificate.manifest["data"]["evaluation"]["n_sequences"]
+    announced = certificate.manifest["identity"]["evaluation_sha256"]
+    if not stopped_early and set_digest(ids) != announced:
         raise EvidenceError(
             f"{folder.path / EVIDENCE} holds other sequences than the manifest names"
         )
@@ -143,7 +145,14 @@ def _measure_again(
     )
     engine = ForwardEngine(model, strategy)
     adapter = adapt(sae)
-    evaluation = evaluation.canonical()
+    row_of = {name: row for row, name in enumerate(evaluation.hashes)}
+    ids = certificate.evidence.column("sequence").to_pylist()
+    foreign = [name for name in ids if name not in row_of]
+    if foreign:
+        raise EvidenceError(
+            f"the evidence holds sequence {foreign[0][:12]}…, which is none of the certified ones"
+        )
+    evaluation = evaluation.select([row_of[name] for name in ids])
     generator = np.random.default_rng(seed)
     n = min(sample, len(evaluation))
     rows = np.sort(generator.choice(len(evaluation), size=n, replace=False))

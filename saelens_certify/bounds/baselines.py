@@ -19,13 +19,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from saelens_certify.bounds.betting import Bets, betting_upper
+from saelens_certify.bounds.betting import betting_sequence, betting_upper
 from saelens_certify.bounds.checks import real, refuse
 from saelens_certify.bounds.exact import per_sequence
 from saelens_certify.bounds.joint import Interval
 from saelens_certify.bounds.means import mean_up
 from saelens_certify.bounds.quantities import LOSS_TOLERANCE
 from saelens_certify.bounds.rounding import FloatArray, add_up
+from saelens_certify.bounds.times import looks
 from saelens_certify.errors import CertifyError
 
 FITTED_BASELINE = "The unigram model was fitted on calibration documents, which are disjoint from the evaluation documents."
@@ -83,11 +84,11 @@ def risk_limit(
     side: Literal["upper", "lower"] = "upper",
     *,
     complexity: float = 0.0,
-    bets: Bets = "adaptive",
+    time_uniform: bool = False,
 ) -> float:
     """One-sided confidence limit of an expected loss by betting.
 
-    :func:`saelens_certify.bounds.betting_upper` on the losses, or, for a lower limit, on their negatives. The
+    ``betting_upper`` or, time-uniform, ``betting_sequence`` on the losses, or, for a lower limit, on their negatives. The
     probability that the limit is on the wrong side of the expected loss is at most delta.
 
     Args:
@@ -98,7 +99,7 @@ def risk_limit(
         delta: Failure probability.
         side: "upper" or "lower".
         complexity: Nats added to ln(1 / delta).
-        bets: As in ``betting_upper``.
+        time_uniform: Whether the number of sequences may depend on their losses.
 
     Returns:
         Bits per token in [low, high], rounded away from the mean.
@@ -110,11 +111,13 @@ def risk_limit(
         raise CertifyError(f"side={side!r} is unknown: choose 'upper' or 'lower'.")
     found = loss_within("losses", losses, low, high)
     if side == "upper":
-        return betting_upper(found, low, high, delta, complexity=complexity, bets=bets)
-    return -betting_upper(-found, -high, -low, delta, complexity=complexity, bets=bets)
+        return _upper(Interval(found, low, high), delta, complexity, time_uniform)
+    return -_upper(Interval(-found, -high, -low), delta, complexity, time_uniform)
 
 
-def risk_interval(losses: ArrayLike, low: float, high: float, delta: float) -> Risk:
+def risk_interval(
+    losses: ArrayLike, low: float, high: float, delta: float, *, time_uniform: bool = False
+) -> Risk:
     """Mean loss with two-sided confidence limits by betting, delta / 2 on each side.
 
     Args:
@@ -122,14 +125,15 @@ def risk_interval(losses: ArrayLike, low: float, high: float, delta: float) -> R
         low: See there.
         high: See there.
         delta: Probability that the risk is outside the limits.
+        time_uniform: See there.
 
     Raises:
         CertifyError: As :func:`risk_limit`.
     """
     found = loss_within("losses", losses, low, high)
     lower, upper = (
-        risk_limit(found, low, high, delta / 2.0, "lower"),
-        risk_limit(found, low, high, delta / 2.0, "upper"),
+        risk_limit(found, low, high, delta / 2.0, "lower", time_uniform=time_uniform),
+        risk_limit(found, low, high, delta / 2.0, "upper", time_uniform=time_uniform),
     )
     return Risk(mean_up(found), lower, upper, 1.0 - delta)
 
@@ -176,13 +180,13 @@ def beats_baseline(
     delta: float,
     *,
     complexity: float = 0.0,
-    bets: Bets = "adaptive",
+    time_uniform: bool = False,
 ) -> float:
     """Upper confidence bound of how much more a baseline's loss is exceeded: negative if it is beaten.
 
     With values Z, E[Z - loss of the baseline] >= R(M) - R(baseline). So with probability 1 - delta M's expected
     loss, as certified by way of the SAE, is below that of the baseline by at least minus the result. One paired
-    test by betting; for the time-uniform version give :func:`paired_excess` to ``betting_sequence``.
+    test by betting.
 
     Args:
         values: As for :func:`paired_excess`, in an order that says nothing about them.
@@ -191,7 +195,7 @@ def beats_baseline(
         high: See there.
         delta: Failure probability.
         complexity: Nats added to ln(1 / delta).
-        bets: As in ``betting_upper``.
+        time_uniform: Whether the number of sequences may depend on their losses.
 
     Returns:
         Bits per token, rounded up. Below 0: the baseline is beaten, with confidence 1 - delta.
@@ -200,4 +204,12 @@ def beats_baseline(
         CertifyError: As :func:`paired_excess`, or for an impossible delta.
     """
     x = paired_excess(values, loss_baseline, low, high)
-    return betting_upper(x.samples, x.low, x.high, delta, complexity=complexity, bets=bets)
+    return _upper(x, delta, complexity, time_uniform)
+
+
+def _upper(x: Interval, delta: float, complexity: float, time_uniform: bool) -> float:
+    if not time_uniform:
+        return betting_upper(x.samples, x.low, x.high, delta, complexity=complexity)
+    when = looks(x.samples.size)
+    found = betting_sequence(x.samples, x.low, x.high, delta, when, complexity=complexity)
+    return float(found[-1])

@@ -30,6 +30,7 @@ from saelens_certify.bounds.loss import (
 from saelens_certify.bounds.means import Measured
 from saelens_certify.bounds.quantities import LOSS_TOLERANCE
 from saelens_certify.bounds.rounding import FloatArray, add_up
+from saelens_certify.errors import CertifyError
 
 Mismatch = Literal["charged", "measured"]
 
@@ -63,6 +64,7 @@ class Losses:
         width: Delta, rounded up.
         baseline: log2 V, rounded down.
         clusters: Name of the cluster to which each sequence belongs; None: every sequence by itself.
+        unigram: Loss of the unigram model [n_sequences]; None if it was not measured.
     """
 
     base: FloatArray
@@ -74,6 +76,7 @@ class Losses:
     width: float
     baseline: float
     clusters: tuple[str, ...] | None = None
+    unigram: FloatArray | None = None
 
     @classmethod
     def check(
@@ -86,6 +89,7 @@ class Losses:
         vocab_size: int,
         alpha: float,
         clusters: tuple[str, ...] | None = None,
+        loss_unigram: ArrayLike | None = None,
     ) -> Losses:
         """Check the evidence; losses that rounding took out of [B - Delta, B] are put on its end.
 
@@ -97,6 +101,7 @@ class Losses:
             vocab_size: V.
             alpha: Smoothing weight of the losses.
             clusters: Clusters of dependent sequences: the mean of each counts as one value.
+            loss_unigram: Loss of the unigram model of the calibration documents, bits per token.
 
         Raises:
             CertifyError: As :meth:`Measured.from_sequences`, and for losses outside the interval by more
@@ -108,8 +113,11 @@ class Losses:
         v, a = check_vocab_size(vocab_size), check_alpha(alpha)
         high, width = cap_up(v, a), range_up(v, a)
         low = -add_up(width, -high)
+        losses = {"base": loss_base, "sae": loss_sae, "pool": loss_pool}
+        if loss_unigram is not None:
+            losses["unigram"] = loss_unigram
         inside = {}
-        for name, given in (("base", loss_base), ("sae", loss_sae), ("pool", loss_pool)):
+        for name, given in losses.items():
             values = real(f"loss_{name}", given)
             refuse(
                 f"loss_{name}",
@@ -159,14 +167,10 @@ class Losses:
 
     def joint(self, mismatch: Mismatch = "charged") -> Interval:
         """Z or Z' of every unit, rounded up."""
-        pool, gap, third = self.parts(mismatch).values()
-        total = add_up(add_up(pool, np.nextafter(gap, np.inf)), np.nextafter(third, np.inf))
-        if mismatch == "charged":
-            total = np.where(self.violation > 0.0, self.high, total)
-        return self._interval(np.minimum(total, self.high), self.low, self.high)
+        return self._interval(self._joint(mismatch), self.low, self.high)
 
-    def loss(self, of: Literal["base", "sae", "pool"]) -> Interval:
-        """Loss of M, S∘M or h_G on every unit."""
+    def loss(self, of: Literal["base", "sae", "pool", "unigram"]) -> Interval:
+        """Loss of M, S∘M, h_G or the unigram model on every unit."""
         return self._interval(getattr(self, of), self.low, self.high)
 
     def excess(self, of: Literal["sae", "pool"], sign: Literal[1, -1] = 1) -> Interval:
@@ -180,9 +184,29 @@ class Losses:
         difference = add_up(proxy, -self.base) if sign == 1 else add_up(self.base, -proxy)
         return self._interval(difference, -self.width, self.width)
 
+    def over_unigram(self) -> Interval:
+        """Z minus the loss of the unigram model on every unit, rounded up, in [-Delta, Delta].
+
+        Raises:
+            CertifyError: If the unigram model was not measured.
+        """
+        if self.unigram is None:
+            raise CertifyError(
+                "loss_unigram is missing: the bound 'sharp_unigram' needs it. Pass loss_unigram=."
+            )
+        difference = add_up(self._joint("charged"), -self.unigram)
+        return self._interval(difference, -self.width, self.width)
+
     def units(self, values: FloatArray) -> FloatArray:
         """One value per sequence [n_sequences] -> one per independent unit [n_units]."""
         return values if self.clusters is None else cluster_means(values, self.clusters)
+
+    def _joint(self, mismatch: Mismatch) -> FloatArray:
+        pool, gap, third = self.parts(mismatch).values()
+        total = add_up(add_up(pool, np.nextafter(gap, np.inf)), np.nextafter(third, np.inf))
+        if mismatch == "charged":
+            total = np.where(self.violation > 0.0, self.high, total)
+        return np.minimum(total, self.high)
 
     def _interval(self, values: FloatArray, low: float, high: float) -> Interval:
         return Interval(np.clip(self.units(values), low, high), low, high)

@@ -84,6 +84,9 @@ SHARP: dict[str, Sharp] = {
     "sharp_direct_base": Sharp("R(M)", lambda x: x.loss("base"), "risk_base", involves_pool=False),
     "sharp_direct_sae": Sharp("R(S∘M)", lambda x: x.loss("sae"), "risk_sae", involves_pool=False),
     "sharp_direct_pool": Sharp("R(h_G)", lambda x: x.loss("pool"), "risk_pool"),
+    "sharp_unigram": Sharp(
+        "R(M) - R(unigram), by way of the SAE", lambda x: x.over_unigram(), "excess_unigram"
+    ),
     "excess_sae": _excess("sae"),
     "excess_pool": _excess("pool"),
     "excess_sae_two_sided": _excess("sae", two_sided=True),

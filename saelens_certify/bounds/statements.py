@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from numpy.typing import ArrayLike
 
+from saelens_certify.bounds.baselines import FITTED_BASELINE
 from saelens_certify.bounds.checks import integer
 from saelens_certify.bounds.complexity import log_binom
 from saelens_certify.bounds.joint import Losses
@@ -197,7 +198,7 @@ def sharp_certificates(
         time_uniform: Whether the number of sequences may depend on their losses.
 
     Returns:
-        The bounds of `SHARP` by name; bits per token.
+        The bounds of `SHARP` by name, sharp_unigram if the unigram model was measured; bits per token.
 
     Raises:
         CertifyError: For an impossible value.
@@ -205,6 +206,8 @@ def sharp_certificates(
     complexity = float(log_binom(dict_size, pool_size))
     bounds = {}
     for name, sharp in SHARP.items():
+        if name == "sharp_unigram" and losses.unigram is None:
+            continue
         found = sharp_value(name, losses, delta, complexity=complexity, time_uniform=time_uniform)
         bounds[name] = Bound(
             name=name,
@@ -318,6 +321,7 @@ def _sharp_assumptions(sharp: Sharp, time_uniform: bool) -> tuple[str, ...]:
         ANY_TIME if time_uniform else FIXED_NUMBER,
         *((IN_HASH_ORDER,) if order_matters else ()),
         *(proxy if sharp.term != "risk_base" else ()),
+        *((FITTED_BASELINE,) if sharp.term == "excess_unigram" else ()),
         LOSS,
         _SEPARATE,
     )

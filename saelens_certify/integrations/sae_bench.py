@@ -17,8 +17,8 @@ from saelens_certify.config_help import setting_descriptions, setting_kind
 from saelens_certify.envelope import EVAL_TYPE
 from saelens_certify.errors import CertifyError, EvidenceError
 from saelens_certify.integrations.sae_bench_metrics import (
-    FIXED_NUMBER_ONLY,
     METRICS,
+    OPTIONAL,
     SHOWN,
     SHUFFLE_METRICS,
 )
@@ -77,12 +77,12 @@ _Metrics: type[BaseModel] = create_model(
     __doc__=_Numbers.__doc__,
     **{
         name: (
-            Optional[_Finite] if name in FIXED_NUMBER_ONLY else _Finite,  # noqa: UP045 - of an alias
+            Optional[_Finite] if name in OPTIONAL else _Finite,  # noqa: UP045 - of an alias
             _entry(
                 title,
                 text,
                 json_schema_extra={"ui_default_display": True} if name in SHOWN else None,
-                **({"default": None} if name in FIXED_NUMBER_ONLY else {}),
+                **({"default": None} if name in OPTIONAL else {}),
             ),
         )
         for name, (title, text) in METRICS.items()
@@ -180,6 +180,9 @@ class Origin(_Strict):
         "Architecture, dtype it was certified in, and release, id and dtype of its checkpoint.",
     )
     data: Sides = _entry("Data", "The documents, without folders of local paths.")
+    dependence: dict[str, Any] = _entry(
+        "Dependence", "Which evaluation sequences repeat each other, or calibration sequences."
+    )
     versions: dict[str, str] = _entry("Versions", "Versions of Python and the packages that count.")
 
 

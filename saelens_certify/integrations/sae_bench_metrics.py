@@ -16,8 +16,13 @@ SHOWN = frozenset(
 )
 """The numbers that a user interface shows first."""
 
-FIXED_NUMBER_ONLY = frozenset({"u_sae", "u_sae_occam", "direct_base", "direct_pool", "preprint"})
-"""The numbers that a run which could stop early does not have."""
+OPTIONAL = frozenset({"u_sae", "u_sae_occam", "direct_base", "direct_pool", "preprint"}) | {
+    f"kept_{proxy}_{baseline}{end}"
+    for proxy in ("sae", "pool")
+    for baseline in ("unigram", "uniform")
+    for end in ("", "_lower", "_upper")
+}
+"""The numbers that a run which could stop early does not have, and shares of an advantage that may not exist."""
 
 _BITS = "bits per token"
 
@@ -97,6 +102,11 @@ METRICS: dict[str, tuple[str, str]] = {
         "Sharp direct bound on h_G",
         f"Upper bound on the expected smoothed loss of the pool-restricted proxy, by betting, {_BITS}.",
     ),
+    "sharp_unigram": (
+        "Sharp bound against the unigram model",
+        f"Upper bound on the model's risk by way of the SAE minus that of the unigram model, {_BITS}; "
+        "negative: the unigram model is beaten with confidence.",
+    ),
     "excess_sae": (
         "Faithfulness gap",
         f"Upper bound on R(S∘M) - R(M), what splicing in the SAE loses, {_BITS}.",
@@ -155,6 +165,26 @@ METRICS: dict[str, tuple[str, str]] = {
         "Unigram model",
         f"Mean smoothed loss of the calibration documents' unigram model, {_BITS}.",
     ),
+    **{
+        f"baseline_unigram_{side}": (
+            f"Unigram model, {side} limit",
+            f"{side.capitalize()} confidence limit of the unigram model's risk, {_BITS}.",
+        )
+        for side in ("lower", "upper")
+    },
+    **{
+        f"kept_{proxy}_{baseline}{end}": (
+            f"Information kept by {name}, over {baseline}{which}",
+            f"Share of the model's advantage over the {baseline} baseline that {name} keeps{what}.",
+        )
+        for proxy, name in (("sae", "S∘M"), ("pool", "h_G"))
+        for baseline in ("unigram", "uniform")
+        for end, which, what in (
+            ("", "", ", as measured"),
+            ("_lower", ", lower limit", "; lower confidence limit"),
+            ("_upper", ", upper limit", "; upper confidence limit"),
+        )
+    },
     "kl": ("KL divergence", f"Mean KL(M || S∘M), {_BITS}."),
     "top1_agreement": ("Top-1 agreement", "Share of positions with the same likeliest token."),
     "gold_logprob_gap": (

@@ -16,7 +16,13 @@ from saelens_certify.report.terms import CONTROLS, bound_label, control_label, t
 from saelens_certify.verdict import percent
 
 _SUMS = ("sharp_betting", "u_sae", "u_sae_occam")
-_EXCESS = ("excess_sae", "excess_sae_two_sided", "excess_pool", "excess_pool_two_sided")
+_EXCESS = (
+    "sharp_unigram",
+    "excess_sae",
+    "excess_sae_two_sided",
+    "excess_pool",
+    "excess_pool_two_sided",
+)
 
 
 def print_certificate(certificate: Certificate, console: Console | None = None) -> None:
@@ -46,6 +52,8 @@ def certificate_tables(certificate: Certificate) -> list[Table]:
         _bounds(certificate),
         _excess(certificate),
     ]
+    if certificate.kept:
+        tables.append(_kept(certificate))
     if certificate.controls:
         tables.append(_controls(certificate))
     if certificate.shuffle_tests:
@@ -120,8 +128,8 @@ def _bounds(certificate: Certificate) -> Table:
 
 def _excess(certificate: Certificate) -> Table:
     confidence = percent(1 - certificate.config.delta)
-    title = f"Faithfulness gap: what the proxies lose, at {confidence} confidence [bits/token]"
-    table = plain_table(title, "excess risk", "measured", "lower", "upper")
+    title = f"Differences of risks at {confidence} confidence [bits/token]"
+    table = plain_table(title, "difference", "measured", "lower", "upper")
     for name in _EXCESS:
         bound = certificate.bounds[name]
         lower = "" if bound.lower is None else f"{rounded_down(bound.lower):+.4f}"
@@ -129,6 +137,17 @@ def _excess(certificate: Certificate) -> Table:
         table.add_row(
             bound_label(name), f"{measured:+.4f}", lower, f"{rounded_up(bound.value):+.4f}"
         )
+    return table
+
+
+def _kept(certificate: Certificate) -> Table:
+    confidence = percent(1 - certificate.config.delta)
+    title = f"Share kept of what M knows beyond a baseline, at {confidence} confidence"
+    table = plain_table(title, "proxy", "baseline", "measured", "lower", "upper")
+    for name, share in certificate.kept.items():
+        proxy = "S∘M" if name.startswith("sae_") else "h_G"
+        ends = (share.value, share.lower, share.upper)
+        table.add_row(proxy, share.baseline, *("" if x is None else f"{x:.1%}" for x in ends))
     return table
 
 
@@ -156,7 +175,7 @@ def _shuffle_tests(certificate: Certificate) -> Table:
     interval = f"{percent(1 - certificate.config.share)} interval"
     table = plain_table(
         "Shuffle tests: how much larger the gap of random copies is [bits/token]",
-        "copies", "R", "p-value", "smallest", "effect", interval, "share", "small p-value: the SAE has",
+        "copies", "R", "p-value", "smallest", "effect", interval, "share", "shows, if p is small",
     )  # fmt: skip
     for kind, test in certificate.shuffle_tests.items():
         table.add_row(

@@ -26,6 +26,7 @@ BOUNDS = {
     "sharp_direct_base": "sharp direct bound on M",
     "sharp_direct_sae": "sharp direct bound on S∘M",
     "sharp_direct_pool": "sharp direct bound on h_G",
+    "sharp_unigram": "R(M) − R(unigram) at most",
     "excess_sae": "R(S∘M) − R(M) at most",
     "excess_pool": "R(h_G) − R(M) at most",
     "excess_sae_two_sided": "R(S∘M) − R(M) between",

@@ -49,10 +49,11 @@ class KeptOracle:
         threshold: Logarithm of the wealth that refutes.
         sign: 1: against ratios that are too small; -1: against ratios that are too large.
         constant: Whether the baseline's loss is the same for all sequences by construction.
+        any_time: Whether stakes do not depend on the number of sequences.
     """
 
-    def __init__(self, b, m, p, low, high, threshold, sign, constant=False):
-        self.threshold, self.sign = threshold, sign
+    def __init__(self, b, m, p, low, high, threshold, sign, constant=False, any_time=False):
+        self.threshold, self.sign, self.any_time = threshold, sign, any_time
         self.rows = list(zip(b, m, p, strict=True))
         ends = (b[0],) if constant else (low, high)
         self.corners = list(itertools.product(ends, (low, high), (low, high)))
@@ -85,7 +86,8 @@ class KeptOracle:
             values = [self.value(row, 1.0, f) / self.worst(1.0, f) for row in before]
             mean = math.fsum(values) / max(i, 1)
             spread = (1.0 + math.fsum((w - mean) ** 2 for w in values)) / (i + 1)
-            stakes.append(math.sqrt(2.0 * self.threshold / (n * spread)))
+            horizon = (i + 1) * math.log(i + 2) if self.any_time else n
+            stakes.append(math.sqrt(2.0 * self.threshold / (horizon * spread)))
         return stakes
 
     def log_wealth(self, f):

@@ -60,6 +60,18 @@ def test_paired_excess_against_plain_arithmetic(n: int):
     assert beats_baseline(z, u, LOW, HIGH, DELTA) == pytest.approx(expected, abs=1e-9)
 
 
+def test_any_time():
+    z, u = pair(150)
+    when = np.union1d(np.arange(1, 65), bounds.log_times(150))
+    upper = bounds.betting_sequence(u, LOW, HIGH, DELTA / 2, when)[-1]
+    lower = -bounds.betting_sequence(-u, -HIGH, -LOW, DELTA / 2, when)[-1]
+    found = risk_interval(u, LOW, HIGH, DELTA, time_uniform=True)
+    assert (found.lower, found.upper) == (lower, upper)
+    x = paired_excess(z, u, LOW, HIGH)
+    excess = bounds.betting_sequence(x.samples, x.low, x.high, DELTA, when)[-1]
+    assert beats_baseline(z, u, LOW, HIGH, DELTA, time_uniform=True) == excess
+
+
 def test_paired_is_sharper_than_two_bounds():
     """The verdict that two separate bounds at delta / 2 give needs more sequences."""
     z, u = pair(3000)

@@ -46,18 +46,27 @@ def limits(found: Kept) -> tuple[float, float, float]:
     return found.lower, found.upper, found.lower_alone
 
 
+@pytest.mark.parametrize("any_time", [False, True])
 @pytest.mark.parametrize("uniform", [False, True])
 @pytest.mark.parametrize("name", ["losses", "spikes", "useless", "worse", "better", "coins"])
-def test_dense_grid(name: str, uniform: bool):
+def test_dense_grid(name: str, uniform: bool, any_time: bool):
     """All ratios outside the limits are refuted, from the ends of a wide grid on; those just inside are not."""
     b, m, p = three(name, 150)
     if uniform:
         b = np.full_like(b, 15.6)
-    found = information_kept(15.6 if uniform else b, m, p, LOW, HIGH, DELTA)
+    found = information_kept(15.6 if uniform else b, m, p, LOW, HIGH, DELTA, time_uniform=any_time)
     lower, upper, alone = limits(found)
     for limit, sign, delta in ((lower, 1, DELTA / 2), (upper, -1, DELTA / 2), (alone, 1, DELTA)):
         oracle = KeptOracle(
-            b.tolist(), m.tolist(), p.tolist(), LOW, HIGH, math.log(1 / delta), sign, uniform
+            b.tolist(),
+            m.tolist(),
+            p.tolist(),
+            LOW,
+            HIGH,
+            math.log(1 / delta),
+            sign,
+            uniform,
+            any_time,
         )
         beyond = np.concatenate([[0.0], np.geomspace(1e-6, 1e5, 120)])
         assert all(oracle.refuted(limit - sign * (1e-9 + d)) for d in beyond.tolist()), limit
@@ -171,6 +180,32 @@ def test_invariants(rows: list[tuple[float, float, float]], delta: float):
         assert same.lower <= 1.0 <= same.upper
     nothing = information_kept(b, m, b, LOW, HIGH, delta)
     assert nothing.value == 0.0
+
+
+def test_stakes_of_the_first_sequences_know_nothing_of_the_later_ones():
+    """Time-uniform limits from the wealth after n sequences do not change with what is not yet there; fixed ones do."""
+    b, m, p = three("losses", 400)
+    at = information_kept(b[:200], m[:200], p[:200], LOW, HIGH, DELTA, time_uniform=True)
+    # The later sequences add nothing where all three losses are equal: W is 0.
+    b[200:] = m[200:] = p[200:] = 9.0
+    later = information_kept(b, m, p, LOW, HIGH, DELTA, time_uniform=True)
+    assert limits(at) == pytest.approx(limits(later), abs=1e-9)
+    fixed = information_kept(b, m, p, LOW, HIGH, DELTA)
+    short = information_kept(b[:200], m[:200], p[:200], LOW, HIGH, DELTA)
+    assert limits(fixed)[0] != pytest.approx(limits(short)[0], abs=1e-4)
+
+
+def test_limits_do_not_pass_the_measured_ratio():
+    """Bets that begin small and grow, on differences that are negative first and positive later, refute a mean of 0."""
+    w = np.concatenate([[-0.4], np.full(40, 0.01)]) * 17.0
+    m = np.full(41, 2.0)
+    b = m + 8.5
+    found = information_kept(b, m, b - 0.5 * 8.5 - w, LOW, HIGH, 0.99)
+    assert found.value == pytest.approx(0.5, abs=1e-12)
+    assert found.lower_alone == found.value
+    mirrored = information_kept(b, m, b - 0.5 * 8.5 + w, LOW, HIGH, 0.99)
+    assert mirrored.lower_alone is not None
+    assert mirrored.lower_alone < 0.5 - 1e-3
 
 
 def test_order_is_the_given_one_and_rounding_beyond_the_interval_is_taken():
