@@ -198,7 +198,7 @@ def test_stakes_of_the_first_sequences_know_nothing_of_the_later_ones():
 def test_limits_do_not_pass_the_measured_ratio():
     """Bets that begin small and grow, on differences that are negative first and positive later, refute a mean of 0."""
     w = np.concatenate([[-0.4], np.full(40, 0.01)]) * 17.0
-    m = np.full(41, 2.0)
+    m = np.full(41, 4.0)
     b = m + 8.5
     found = information_kept(b, m, b - 0.5 * 8.5 - w, LOW, HIGH, 0.99)
     assert found.value == pytest.approx(0.5, abs=1e-12)
