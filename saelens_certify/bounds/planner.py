@@ -1,7 +1,8 @@
 """How many sequences a target bound needs, and the best that any number of sequences can give.
 
 Both hold the measured terms fixed, as if more data would repeat them. They serve to plan: a number of
-sequences chosen by looking at the data it is then certified on is not covered by the certificate.
+sequences chosen by looking at the data it is then certified on is not covered by the certificate. How far the
+measured terms of a pilot may be off, and plans for all other bounds: ``pilot``.
 """
 
 from __future__ import annotations
