@@ -16,10 +16,9 @@ def unigram_risk(certificate: Certificate) -> Risk:
     """Return the risk of the calibration unigram model with two-sided confidence limits."""
     losses, share = certificate.losses, certificate.config.share
     values = losses.loss("unigram").samples
-    # Constant stakes hold at the number of sequences at which a run stopped, whatever made it stop.
-    bets = "constant" if certificate.time_uniform else "adaptive"
+    uniform = certificate.time_uniform
     lower, upper = (
-        risk_limit(values, losses.low, losses.high, share / 2, side, bets=bets)
+        risk_limit(values, losses.low, losses.high, share / 2, side, time_uniform=uniform)
         for side in ("lower", "upper")
     )
     return Risk(mean_up(values), lower, upper, 1 - certificate.config.delta)
@@ -27,8 +26,6 @@ def unigram_risk(certificate: Certificate) -> Risk:
 
 def kept(certificate: Certificate) -> dict[str, Kept]:
     """Return the share of M's advantage over each baseline that each proxy keeps."""
-    if certificate.time_uniform:
-        return {}
     losses = certificate.losses
     base = losses.loss("base").samples
     baselines = {"unigram": losses.loss("unigram").samples, "uniform": losses.baseline}
@@ -41,6 +38,7 @@ def kept(certificate: Certificate) -> dict[str, Kept]:
             losses.high,
             certificate.config.share,
             baseline=name,
+            time_uniform=certificate.time_uniform,
         )
         for proxy in ("sae", "pool")
         for name, baseline in baselines.items()

@@ -250,8 +250,7 @@ class Certificate:
     def kept(self) -> dict[str, Kept]:
         """Share of the model's advantage over a baseline that a proxy keeps, with confidence limits.
 
-        By proxy and baseline: sae_unigram, sae_uniform, pool_unigram, pool_uniform. Empty with ``until``: the
-        limits are for a number of sequences fixed in advance.
+        By proxy and baseline: sae_unigram, sae_uniform, pool_unigram, pool_uniform.
         """
         return kept(self)
 

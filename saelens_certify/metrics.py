@@ -44,6 +44,13 @@ def flat_metrics(certificate: Certificate) -> dict[str, float]:
         "explained_variance": certificate.explained_variance(),
         "explained_variance_no_first": certificate.explained_variance(first=False),
     }
+    flat |= {
+        "baseline_unigram_lower": certificate.unigram_risk.lower,
+        "baseline_unigram_upper": certificate.unigram_risk.upper,
+    }
+    for name, share in certificate.kept.items():
+        ends = {"": share.value, "_lower": share.lower, "_upper": share.upper}
+        flat |= {f"kept_{name}{end}": x for end, x in ends.items() if x is not None}
     for name, control in certificate.controls.items():
         flat |= {f"{key}_{name}": value for key, value in control.items()}
     flat |= shuffle_metrics(certificate.shuffle_tests)

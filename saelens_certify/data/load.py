@@ -52,7 +52,7 @@ def load_documents(
         split: Split of a dataset; needed if it has several.
         revision: Branch, tag or commit of a hub dataset.
         attention_mask: 1 at real tokens, 0 at padding; for token data in memory.
-        document_ids: Names of documents in memory.
+        document_ids: Names of documents in memory; one name more than once for sequences of one document.
 
     Returns:
         The documents, not yet tokenised.
@@ -134,7 +134,8 @@ def as_sequences(
         bos_token_id: BOS id, if not the tokenizer's.
         pad_token_id: Pad id, if not the tokenizer's.
         attention_mask: Mask for token data in memory.
-        document_ids: Names for documents in memory.
+        document_ids: Names for documents in memory. Sequences that share a name are of one document: they are
+            not independent (``CertifyConfig.dependence``), and belong on one side, calibration or evaluation.
         text_column: Column of texts or token ids.
         split: Split of a dataset.
         revision: Revision of a hub dataset.

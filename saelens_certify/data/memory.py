@@ -156,12 +156,8 @@ def as_array(value: Any) -> np.ndarray:
 
 
 def check_names(names: Sequence[str] | None, n: int) -> None:
-    """One name a document, all different."""
+    """One name a sequence; sequences of one document share its name (see `find_clusters`)."""
     if names is None:
         return
     if len(names) != n:
         raise CertifyError(f"document_ids has {len(names)} names for {n} documents. Give one each.")
-    if len(set(names)) != n:
-        seen: set[str] = set()
-        twice = next(name for name in names if name in seen or seen.add(name))
-        raise CertifyError(f"document_ids names {twice!r} twice. Give every document its own name.")
