@@ -179,11 +179,11 @@ def test_calibration(draw: Callable[..., Array], method: str, room: float):
     assert 0.3 < np.mean(reached) < 0.7
 
 
-def pilot_losses(n: int, constant: bool = False) -> Losses:
+def pilot_losses(n: int, constant: bool = False, violated: bool = False) -> Losses:
     rng = np.random.default_rng(n)
     base = np.full(n, 7.0) if constant else losses_law(rng, n)
     sae = base + (0.25 if constant else rng.uniform(0.0, 0.5, n))
-    violation = np.zeros(n) if constant else (rng.random(n) < 0.04) * 1.0
+    violation = np.full(n, violated * 1.0) if constant else (rng.random(n) < 0.04) * 1.0
     return Losses.check(
         loss_base=base,
         loss_sae=sae,
@@ -199,12 +199,16 @@ SIZES: dict[str, Any] = {"vocab_size": V, "dict_size": 24_576, "pool_size": 20_0
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_published_against_sequences_needed(name: str):
-    for constant in (True, False):
-        losses = pilot_losses(400, constant)
+    for constant, violated, target in (
+        (True, False, 12.0),
+        (True, True, 40.0),
+        (False, False, 12.0),
+    ):
+        losses = pilot_losses(400, constant, violated)
         m = losses.measured
         needed = float(
             bounds.sequences_needed(
-                12.0,
+                target,
                 bound=name,
                 risk_base=m.risk_base,
                 risk_pool=m.risk_pool,
@@ -213,7 +217,7 @@ def test_published_against_sequences_needed(name: str):
                 **SIZES,
             )
         )
-        found = plan_published(losses, bound=name, target=12.0, replicates=60, **SIZES)
+        found = plan_published(losses, bound=name, target=target, replicates=60, **SIZES)
         if constant:
             # Beyond the longest stream to a few parts in a hundred thousand.
             assert found.n == pytest.approx(needed, rel=1e-4 if needed > LONGEST else 0)
@@ -273,9 +277,18 @@ def test_a_sharp_plan_is_what_the_sharp_bound_needs():
     assert 0.25 < np.mean(np.array(values) <= 9.0) < 0.75
     occam = plan("sharp_occam", losses, target=9.0, replicates=9, **SIZES)
     assert occam.n > found.n
-    two_sided = plan("excess_sae_two_sided", losses, target=3.0, replicates=30, **SIZES)
-    one_sided = plan("excess_sae", losses, target=3.0, replicates=30, **SIZES)
-    assert two_sided.n >= one_sided.n
+    two_sided = plan("excess_sae_two_sided", losses, target=0.5, replicates=9, **SIZES)
+    one_sided = plan("excess_sae", losses, target=0.5, delta=DELTA / 2, replicates=9, **SIZES)
+    assert dataclasses.replace(one_sided, bound=two_sided.bound, delta=DELTA) == two_sided
+
+
+@pytest.mark.parametrize("name", ["u_sae", "direct_base", "sharp_betting", "excess_sae"])
+def test_clusters_count_as_one(name: str):
+    losses = pilot_losses(60)
+    pairs = dataclasses.replace(losses, clusters=tuple(f"cluster {i // 2}" for i in range(60)))
+    found = plan(name, pairs, target=16.0, replicates=3, **SIZES)
+    assert found.pilot_size == 30
+    assert found.n < math.inf
 
 
 @DETERMINISTIC
