@@ -236,7 +236,7 @@ def plan(
         losses: The pilot.
         vocab_size: V.
         target: What the bound is to be at most, bits per token. With neither a target nor a margin: strictly
-            below log2 V, the loss of a uniform guess.
+            below log2 V, the loss of a uniform guess; for ``sharp_unigram`` strictly below 0.
         margin: How far above the sample mean the bound may be.
         dict_size: m; for u_sae_occam, sharp_occam and preprint.
         pool_size: P; for the same three.
@@ -250,7 +250,7 @@ def plan(
         CertifyError: For an unknown bound, a missing size, or as :func:`plan_mean`.
     """
     if target is None and margin is None:
-        target = math.nextafter(losses.baseline, -math.inf)
+        target = _verdict(bound, losses)
     if bound not in SHARP:
         if bound not in PROFILES:
             names = ", ".join([*PROFILES, *SHARP])
@@ -292,6 +292,17 @@ def plan(
         replicates=replicates,
     )
     return replace(found, bound=bound, delta=delta)
+
+
+def _verdict(bound: str, losses: Losses) -> float:
+    """The target at which a bound is a verdict: below log2 V, or below 0 for the excess over the unigram model."""
+    if bound == "sharp_unigram":
+        return math.nextafter(0.0, -math.inf)
+    if bound in SHARP and SHARP[bound].variable(losses).low < 0.0:
+        raise CertifyError(
+            f"bound={bound!r} is about a difference of losses, which has no baseline: give target= or margin=."
+        )
+    return math.nextafter(losses.baseline, -math.inf)
 
 
 def _goal(target: float | None, margin: float | None) -> Goal:

@@ -189,6 +189,7 @@ def pilot_losses(n: int, constant: bool = False, violated: bool = False) -> Loss
         loss_sae=sae,
         loss_pool=sae + 0.1 * violation,
         violation=violation,
+        loss_unigram=10.5 + 0.5 * (base - 7.0),
         vocab_size=V,
         alpha=0.5,
     )
@@ -255,7 +256,11 @@ def test_every_bound_by_name(name: str):
     assert found.pilot_size == 120
     assert found.n_low <= found.n <= found.n_high < math.inf
     if target is None:
-        assert found.target == math.nextafter(losses.baseline, -math.inf)
+        verdict = 0.0 if name == "sharp_unigram" else losses.baseline
+        assert found.target == math.nextafter(verdict, -math.inf)
+    else:
+        with pytest.raises(CertifyError, match="give target= or margin="):
+            plan(name, losses, **SIZES)
     if name in SHARP:
         later = plan(name, losses, target=target, replicates=5, time_uniform=True, **SIZES)
         assert later.n < math.inf
