@@ -27,7 +27,6 @@ BASELINE = float(bounds.uniform_baseline(VOCAB))
 DELTA = 0.05
 SIZE = 40  # sequences of a trial with a number fixed in advance
 LONGEST = 120  # and of one that may stop
-FEW = 0.1  # share of the trials that the slow cases run
 
 
 @dataclass(frozen=True)
@@ -252,7 +251,7 @@ def all_pools(occam: bool, trials: int) -> float:
 
 
 def cases() -> dict[str, Callable[[int], float]]:
-    """Every claim by name; the slow ones run a tenth of the trials."""
+    """Every claim by name."""
     found: dict[str, Callable[[int], float]] = {}
     for title, law in LAWS.items():
         for name in _TRUTH:

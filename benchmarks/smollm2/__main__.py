@@ -18,6 +18,7 @@ from benchmarks.environment import environment
 from benchmarks.smollm2.certificates import certify_layer, speed
 from benchmarks.smollm2.fetch import CACHE_DIR
 from benchmarks.smollm2.model import load_smollm2
+from benchmarks.smollm2.sharp import against_published, small_pool
 from benchmarks.smollm2.text import Split, sequences
 from benchmarks.smollm2.train_saes import HOOKS, LENGTH, PRESETS, trained_saes
 from saelens_certify.report import (
@@ -70,6 +71,8 @@ def main(argv: list[str] | None = None) -> None:
             "seconds": time.perf_counter() - since,
             "verdict": certificate.verdict(),
             **certificate.to_metrics()["faithfulness_certificate"],
+            "sharp": against_published(certificate),
+            "small_pool": small_pool(model, sae, **tokens, output=Path(f"{folder}-small-pool")),
         }
         if options.timing:
             results["layers"][hook]["speed"] = speed(
