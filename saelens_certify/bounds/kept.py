@@ -36,6 +36,7 @@ from saelens_certify.bounds.baselines import loss_within
 from saelens_certify.bounds.checks import real
 from saelens_certify.bounds.rounding import FloatArray
 from saelens_certify.bounds.samples import log_threshold
+from saelens_certify.bounds.statements import ANY_TIME, FIXED_NUMBER
 from saelens_certify.bounds.wealth import LARGEST_CAP, largest_refuted
 from saelens_certify.errors import CertifyError
 
@@ -176,7 +177,7 @@ def information_kept(
         lower_alone=alone,
         confidence=1.0 - delta,
         baseline=baseline,
-        assumptions=KEPT_ASSUMPTIONS,
+        assumptions=(*KEPT_ASSUMPTIONS, ANY_TIME if time_uniform else FIXED_NUMBER),
     )
 
 

@@ -83,6 +83,9 @@ def test_value_by_hand():
     assert found.confidence == 0.95
     assert found.baseline == "unigram"
     assert any("independent" in text for text in found.assumptions)
+    assert any("fixed before looking at their results" in text for text in found.assumptions)
+    later = information_kept(b, m, p, LOW, HIGH, DELTA, time_uniform=True)
+    assert any(text.startswith("Time-uniform") for text in later.assumptions)
 
 
 def test_bets_by_hand():
