@@ -18,12 +18,14 @@ from saelens_certify.bounds import (
     Bound,
     Losses,
     Measured,
+    Plan,
     Stop,
     certificates,
     doubling_thresholds,
     first_stop,
     log_binom,
     mean_up,
+    plan,
     sharp_certificates,
     sharp_sequence,
     with_assumptions,
@@ -54,7 +56,7 @@ from saelens_certify.manifest import Manifest
 from saelens_certify.metrics import flat_metrics
 from saelens_certify.pool import Calibration, Pool
 from saelens_certify.schedule import part_clusters, part_slices
-from saelens_certify.sealing import file_hashes, join_parts
+from saelens_certify.sealing import check_complete, file_hashes, join_parts
 from saelens_certify.storage import dump_json, write_atomically
 from saelens_certify.verdict import verdict
 
@@ -206,6 +208,44 @@ class Certificate:
         share = self.config.share
         return when, sharp_sequence(name, self.losses, share, when, complexity=complexity)
 
+    def plan(
+        self,
+        bound: str = HEADLINE,
+        *,
+        target: float | None = None,
+        margin: float | None = None,
+        seed: int = 0,
+    ) -> Plan:
+        """Plan another run with this one as the pilot: how many sequences a bound needs.
+
+        Args:
+            bound: Any bound of `bounds` but sharp_occam_tau.
+            target: Bits per token that it is to be at most; by default what makes the verdict (below
+                log2 V).
+            margin: In place of a target: how far above its measured mean it may be.
+            seed: Seed of the resampling.
+
+        Returns:
+            Median and 10 % to 90 % interval of the number of sequences (clusters), see
+            `saelens_certify.bounds.Plan`. A forecast: certify on other sequences.
+
+        Raises:
+            CertifyError: For an unknown bound, both goals, or a pilot of one sequence.
+        """
+        return plan(
+            bound,
+            self.losses,
+            vocab_size=self.vocab_size,
+            target=target,
+            margin=margin,
+            dict_size=self.dict_size,
+            pool_size=self.pool.size,
+            alpha=self.config.alpha,
+            delta=self.config.share,
+            time_uniform=self.time_uniform,
+            seed=seed,
+        )
+
     def _dependence(self) -> tuple[str, ...]:
         n, units = self.evidence.num_rows, self.measured.n_sequences
         if self.config.dependence == "ignore":
@@ -279,9 +319,7 @@ class Certificate:
         return self.evidence.column(name).to_numpy()
 
     def explained_variance(self, first: bool = True) -> float:
-        """Share of the activation's variance that the SAE explains on evaluation tokens.
-
-        1 - sum |x - x_hat|^2 / sum |x - mean|^2, the mean being that of calibration.
+        """Return 1 - sum |x - x_hat|^2 / sum |x - mean|^2 on evaluation tokens, mean of calibration.
 
         Args:
             first: Whether position 0 counts (it is an outlier in many models).
@@ -366,23 +404,3 @@ class Certificate:
             check_complete(certificate, folder.path)
             certificate.to_metrics()  # whatever cannot be computed is found now
         return certificate
-
-
-def check_complete(certificate: Certificate, where: Path) -> None:
-    """Check that all sequences that the manifest announces were calibrated and measured, or enough to stop.
-
-    Raises:
-        EvidenceError: If not.
-    """
-    data = certificate.manifest["data"]
-    for name, found in (
-        ("calibration", certificate.calibration.n_sequences),
-        ("evaluation", certificate.evidence.num_rows),
-    ):
-        announced = data[name]["n_sequences"]
-        stopped = name == "evaluation" and found < announced and certificate.stop is not None
-        if found != announced and not stopped:
-            raise EvidenceError(
-                f"{where} holds {found} {name} sequences, its manifest announces {announced}; run again "
-                "with the same settings to finish it"
-            )

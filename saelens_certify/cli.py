@@ -1,4 +1,4 @@
-"""The command line: ``saelens-certify demo | run | compare | verify | schema | info``.
+"""The command line: ``saelens-certify demo | run | compare | plan | verify | schema | info``.
 
 Exit codes: 0 done (``run``, ``demo``: whatever the verdict; with ``--require_nonvacuous`` only if the
 certificate is non-vacuous; ``verify``: everything matches), 1 vacuous although required, 2 wrong input or
@@ -49,6 +49,7 @@ from saelens_certify.report import (
     check_picture,
     print_certificate,
     print_comparison,
+    print_plan,
     write_picture,
     write_report,
 )
@@ -121,6 +122,18 @@ def _parser() -> argparse.ArgumentParser:
         "--bound", default=HEADLINE, help=f"which sharp bound (default: {HEADLINE})"
     )
     several.set_defaults(command=_compare)
+
+    planned = commands.add_parser(
+        "plan", help="how many sequences a bound needs, with a finished run as the pilot"
+    )
+    planned.add_argument("folder", type=Path, help="the pilot's folder")
+    planned.add_argument("--bound", default=HEADLINE, help=f"which bound (default: {HEADLINE})")
+    planned.add_argument("--target", type=float, help="bits per token (default: below log2 V)")
+    planned.add_argument(
+        "--margin", type=float, help="bits above what was measured, in place of --target"
+    )
+    planned.add_argument("--seed", type=int, default=0, help="seed of the resampling")
+    planned.set_defaults(command=_plan)
 
     check = commands.add_parser("verify", help="recompute a certificate and compare every hash")
     check.add_argument("folder", type=Path, help="run's folder, or the certificate.json in it")
@@ -254,6 +267,13 @@ def _compare(options: argparse.Namespace, console: Console) -> int:
     if len(certificates) < len(options.folders):
         raise CertifyError("compare got the same folder twice; name each run once")
     print_comparison(compare(certificates, delta=options.delta, bound=options.bound), console)
+    return EXIT_DONE
+
+
+def _plan(options: argparse.Namespace, console: Console) -> int:
+    certificate = Certificate.load(options.folder)
+    goals = {"target": options.target, "margin": options.margin}
+    print_plan(certificate.plan(options.bound, **goals, seed=options.seed), console)
     return EXIT_DONE
 
 

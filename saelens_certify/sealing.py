@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,9 @@ from saelens_certify.evidence import (
     reading,
 )
 from saelens_certify.storage import sha256_file
+
+if TYPE_CHECKING:
+    from saelens_certify.certificate import Certificate
 
 
 def file_hashes(folder: RunFolder) -> dict[str, str]:
@@ -83,6 +86,26 @@ def join_parts(tables: list[pa.Table], where: Path) -> pa.Table:
     if not _in_order(evidence, ids):
         raise EvidenceError(f"the parts in {where} are not in the order of their sequences")
     return evidence
+
+
+def check_complete(certificate: Certificate, where: Path) -> None:
+    """Check that all sequences that the manifest announces were calibrated and measured, or enough to stop.
+
+    Raises:
+        EvidenceError: If not.
+    """
+    data = certificate.manifest["data"]
+    for name, found in (
+        ("calibration", certificate.calibration.n_sequences),
+        ("evaluation", certificate.evidence.num_rows),
+    ):
+        announced = data[name]["n_sequences"]
+        stopped = name == "evaluation" and found < announced and certificate.stop is not None
+        if found != announced and not stopped:
+            raise EvidenceError(
+                f"{where} holds {found} {name} sequences, its manifest announces {announced}; run again "
+                "with the same settings to finish it"
+            )
 
 
 def _in_order(evidence: pa.Table, ids: list[str]) -> bool:

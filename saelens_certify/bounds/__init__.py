@@ -8,23 +8,27 @@ Pure arithmetic and statistics on NumPy arrays: this folder knows neither torch 
   ``statements``: bounds as typed statements.
 - ``joint``: the variable whose mean bounds the risk of M. ``sharp``: the bounds that test it, ``significance``
   p-values, ``stopping`` when a run is decided, ``thresholds`` the pool's threshold chosen after looking.
-- ``shuffle``: is the SAE better than random copies of it?
 - ``hoeffding``: the inequality behind all of the above. ``profile``: a bound as a function of N.
 - ``betting``, ``concentration``, ``sequences``: upper confidence bounds of any bounded mean, for one number
   of samples or for all at once. ``wealth``: the mechanism of betting. ``samples``, ``times``: what they take.
-- ``rounding``, ``checks``, ``quantities``: arithmetic rounded upwards, input checks.
+- ``baselines``: the unigram model's risk, and whether it is beaten. ``kept``: the share of information kept.
+  ``shuffle``: the SAE against random copies. ``pilot``, ``resampling``: how many sequences, from a pilot.
+- ``exact``, ``rounding``, ``checks``, ``quantities``: arithmetic rounded upwards, input checks.
 
 Upper confidence bounds share the signature (samples, low, high, delta).
 Formulas, proofs and assumptions: docs/statistics.md.
 """
 
+from saelens_certify.bounds.baselines import Risk, beats_baseline, risk_interval, risk_limit
 from saelens_certify.bounds.betting import betting_sequence, betting_upper
 from saelens_certify.bounds.clusters import cluster_means, cluster_order
 from saelens_certify.bounds.complexity import log_binom
 from saelens_certify.bounds.concentration import bernstein_upper, hoeffding_upper
 from saelens_certify.bounds.joint import Losses
+from saelens_certify.bounds.kept import Kept, information_kept
 from saelens_certify.bounds.loss import loss_cap, loss_range, uniform_baseline
 from saelens_certify.bounds.means import Measured, mean_up
+from saelens_certify.bounds.pilot import Plan, plan, plan_mean, plan_published
 from saelens_certify.bounds.planner import asymptotic_floor, sequences_needed
 from saelens_certify.bounds.preprint import preprint
 from saelens_certify.bounds.published import published, published_terms
@@ -45,11 +49,15 @@ from saelens_certify.bounds.times import log_times
 __all__ = [
     "SHARP",
     "Bound",
+    "Kept",
     "Losses",
     "Measured",
+    "Plan",
+    "Risk",
     "ShuffleTest",
     "Stop",
     "asymptotic_floor",
+    "beats_baseline",
     "bernstein_sequence",
     "bernstein_upper",
     "best_threshold",
@@ -65,15 +73,21 @@ __all__ = [
     "hoeffding_sequence",
     "hoeffding_upper",
     "holm",
+    "information_kept",
     "log_binom",
     "log_times",
     "loss_cap",
     "loss_range",
     "mean_up",
     "permutation_p_value",
+    "plan",
+    "plan_mean",
+    "plan_published",
     "preprint",
     "published",
     "published_terms",
+    "risk_interval",
+    "risk_limit",
     "sequences_needed",
     "sharp_certificates",
     "sharp_sequence",
