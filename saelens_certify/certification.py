@@ -33,7 +33,7 @@ from saelens_certify.proxies import check_controls, variants_of
 from saelens_certify.saes import SAEAdapter, adapt
 from saelens_certify.saes.loading import open_sae
 from saelens_certify.saes.selfcheck import self_check
-from saelens_certify.schedule import part_slices
+from saelens_certify.schedule import looked_at, part_slices
 from saelens_certify.sealing import check_seal, join_parts
 from saelens_certify.store_draws import resolve_stores, sequences_of_store
 
@@ -210,6 +210,7 @@ def _evaluate(
     tables: list[pa.Table] = []
     sequences, clusters = draws.sequences, draws.clusters
     parts = part_slices(config, clusters or [None] * len(sequences))
+    looks = looked_at(parts)
     with _progress("evaluation", sequences, 0, config) as bar:
         for index, part in enumerate(parts):
             tokens, ids = sequences.tokens[part], sequences.hashes[part]
@@ -226,7 +227,7 @@ def _evaluate(
                     folder.write_part(index, table)
             tables.append(table)
             bar.update(tokens.numel())
-            if config.until is not None:
+            if config.until is not None and looks[index]:
                 so_far = Certificate(manifest, calibration, join_parts(tables, where))
                 if so_far.stop is not None:
                     break

@@ -10,7 +10,7 @@ from typing import Any
 from saelens_certify.bounds import cluster_order
 from saelens_certify.config import CertifyConfig
 from saelens_certify.data import Sequences
-from saelens_certify.data.near_duplicates import find_clusters
+from saelens_certify.data.near_duplicates import Clusters, find_clusters
 from saelens_certify.data.repeats import near_duplicates_across
 
 
@@ -47,15 +47,24 @@ def independent_draws(
     found = find_clusters(evaluation)
     if config.dependence == "refuse":
         found.refuse()
-    across = near_duplicates_across(calibration, evaluation)
     if found.links:
         warnings.warn(str(found), stacklevel=3)
-    order = cluster_order(found.names, evaluation.hashes).tolist()
-    alone = {name for name, size in Counter(found.names).items() if size == 1}
-    names = tuple(None if found.names[i] in alone else found.names[i] for i in order)
     record = {
         "looked_for": True,
         "within_evaluation": found.to_dict(),
-        "of_calibration": across.to_dict(),
+        "of_calibration": near_duplicates_across(calibration, evaluation).to_dict(),
     }
-    return Draws(evaluation.select(order), names, record)
+    return Draws(*in_order(evaluation, found), record)
+
+
+def in_order(evaluation: Sequences, found: Clusters) -> tuple[Sequences, tuple[str | None, ...]]:
+    """Put sequences into the order in which they are measured; name the cluster of those in one.
+
+    Args:
+        evaluation: Evaluation sequences.
+        found: Their clusters.
+    """
+    order = cluster_order(found.names, evaluation.hashes).tolist()
+    sizes = Counter(found.names)
+    names = tuple(found.names[i] if sizes[found.names[i]] > 1 else None for i in order)
+    return evaluation.select(order), names

@@ -27,6 +27,10 @@ from saelens_certify.saes.processing import check_processing
 def check_settings(model: Any, config: CertifyConfig) -> None:
     """Check that the settings fit the model and that nothing around the call changes numbers.
 
+    Args:
+        model: The model, or an object with its ``cfg`` alone: then its devices are not looked at.
+        config: Settings.
+
     Raises:
         CertifyError: If sequences are longer than the model's context, autocast is on, or compiled
             operators are demanded that the model's device does not have.
@@ -36,7 +40,8 @@ def check_settings(model: Any, config: CertifyConfig) -> None:
         raise CertifyError(
             f"seq_len = {config.seq_len} is longer than the model's context of {n_ctx} tokens"
         )
-    devices = {parameter.device for parameter in model.parameters()}
+    parameters = model.parameters() if hasattr(model, "parameters") else ()
+    devices = {parameter.device for parameter in parameters}
     for device in devices:
         use_native(config.impl, device)
     if any(map(torch.is_autocast_enabled, {"cpu", "cuda", *(device.type for device in devices)})):

@@ -10,6 +10,7 @@ from saelens_certify.config import CertifyConfig
 from saelens_certify.evidence import CLUSTER
 
 _FIRST = 16  # sequences: few verdicts are valid earlier
+_LOOK_GROWTH = 16
 _GROWTH = 4  # a part is at most this fraction of what was measured before it
 
 
@@ -36,6 +37,22 @@ def part_slices(config: CertifyConfig, clusters: Sequence[str | None]) -> list[s
         slices.append(slice(start, stop))
         start = stop
     return slices
+
+
+def looked_at(slices: Sequence[slice]) -> list[bool]:
+    """Say after which parts a run that may stop is looked at.
+
+    After every part at first; later when a sixteenth has been added, so that looking stays cheap; and at the end.
+
+    Args:
+        slices: The parts.
+    """
+    looks, last = [], 0
+    for number, part in enumerate(slices, 1):
+        look = _LOOK_GROWTH * (part.stop - last) >= last or number == len(slices)
+        last = part.stop if look else last
+        looks.append(look)
+    return looks
 
 
 def part_clusters(evidence: pa.Table) -> list[str | None]:

@@ -14,9 +14,11 @@ from saelens_certify.certificate import Certificate
 from saelens_certify.certification import sequences_for
 from saelens_certify.data import Sequences
 from saelens_certify.data.hashing import set_digest
+from saelens_certify.data.near_duplicates import find_clusters
 from saelens_certify.data.stores import is_store
+from saelens_certify.dependence import in_order
 from saelens_certify.errors import CertifyError, EvidenceError
-from saelens_certify.evidence import CERTIFICATE, EVIDENCE, finished_run, read_json
+from saelens_certify.evidence import CERTIFICATE, CLUSTER, EVIDENCE, finished_run, read_json
 from saelens_certify.forward import ForwardEngine, Strategy
 from saelens_certify.manifest import parameters_sha256
 from saelens_certify.measure import Subject, measure
@@ -145,14 +147,17 @@ def _measure_again(
     )
     engine = ForwardEngine(model, strategy)
     adapter = adapt(sae)
-    row_of = {name: row for row, name in enumerate(evaluation.hashes)}
-    ids = certificate.evidence.column("sequence").to_pylist()
-    foreign = [name for name in ids if name not in row_of]
-    if foreign:
-        raise EvidenceError(
-            f"the evidence holds sequence {foreign[0][:12]}…, which is none of the certified ones"
-        )
-    evaluation = evaluation.select([row_of[name] for name in ids])
+    evaluation, clusters = evaluation.canonical(), None
+    if config.dependence != "ignore":
+        evaluation, clusters = in_order(evaluation, find_clusters(evaluation))
+    n_measured = certificate.evidence.num_rows
+    table = certificate.evidence
+    for name, expected in (("sequence", evaluation.hashes), (CLUSTER, clusters)):
+        if expected is not None and table.column(name).to_pylist() != list(expected[:n_measured]):
+            raise EvidenceError(
+                f"column {name!r} of the evidence is not that of the certified documents in their order"
+            )
+    evaluation = evaluation.take(n_measured)
     generator = np.random.default_rng(seed)
     n = min(sample, len(evaluation))
     rows = np.sort(generator.choice(len(evaluation), size=n, replace=False))

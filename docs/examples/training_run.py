@@ -52,7 +52,7 @@ certifying = CertifyingEvaluator(
 with certifying.following(runner, every=50) as history:
     runner.run()
 
-shown = ("u_sae", "risk_pool", "gap", "eta", "pool_size")
+shown = ("sharp_betting", "u_sae", "gap", "eta", "pool_size")
 print("step", *(f"{name:>10}" for name in shown))
 for record in history:
     print(f"{record.step:4}", *(f"{record.metrics[name]:10.3f}" for name in shown))
