@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from saelens_certify.bounds import mean_up
@@ -29,7 +30,8 @@ def kept(certificate: Certificate) -> dict[str, Kept]:
     losses = certificate.losses
     base = losses.loss("base").samples
     baselines = {"unigram": losses.loss("unigram").samples, "uniform": losses.baseline}
-    return {
+    confidence = 1 - certificate.config.delta
+    found = {
         f"{proxy}_{name}": information_kept(
             baseline,
             base,
@@ -43,3 +45,4 @@ def kept(certificate: Certificate) -> dict[str, Kept]:
         for proxy in ("sae", "pool")
         for name, baseline in baselines.items()
     }
+    return {name: replace(share, confidence=confidence) for name, share in found.items()}

@@ -171,7 +171,13 @@ class Certificate:
             time_uniform=self.time_uniform,
             **constants,
         )
-        return with_assumptions(found, 1 - delta, *self._dependence(), *shared_delta(simultaneous))
+        return with_assumptions(
+            found,
+            1 - delta,
+            *self._dependence(),
+            *shared_delta(simultaneous),
+            clusters=self.clusters is not None,
+        )
 
     @property
     def time_uniform(self) -> bool:
@@ -203,9 +209,8 @@ class Certificate:
             CertifyError: For an unknown name or impossible times.
         """
         when = looks(self.measured.n_sequences) if times is None else np.asarray(times)
-        complexity = float(log_binom(self.dict_size, self.pool.size))
-        share = self.config.share
-        return when, sharp_sequence(name, self.losses, share, when, complexity=complexity)
+        share, nats = self.config.share, self.complexity
+        return when, sharp_sequence(name, self.losses, share, when, complexity=nats)
 
     def plan(
         self,
@@ -246,22 +251,30 @@ class Certificate:
         )
 
     def _dependence(self) -> tuple[str, ...]:
+        """What was done about sequences that repeat each other."""
+        said: list[str] = []
         n, units = self.evidence.num_rows, self.measured.n_sequences
-        if self.config.dependence == "ignore":
-            return (
-                "Sequences that repeat each other were not looked for and count as independent.",
+        copies = self.manifest["data"]["evaluation"]["source"]["n_duplicates"]
+        if copies:
+            said.append(
+                f"{copies} exact copies of evaluation documents were left out: the distribution is that of "
+                "documents without their repetitions."
             )
-        if units == n:
-            return ()
-        return (
-            f"{n} sequences form {units} clusters (several of one document, or near duplicates). Each cluster "
-            "counts as one draw, by its mean: the bounds are about the expected mean of a cluster.",
-        )
+        if self.config.dependence == "ignore":
+            said.append("Near duplicates were not looked for and count as independent.")
+        elif units < n:
+            said.append(f"{n} sequences form {units} clusters.")
+        return tuple(said)
 
     @property
     def vocab_size(self) -> int:
         """V, tokens."""
         return self.manifest["model"]["d_vocab"]
+
+    @cached_property
+    def complexity(self) -> float:
+        """Ln C(m, P), nats."""
+        return float(log_binom(self.dict_size, self.pool.size))
 
     @property
     def dict_size(self) -> int:
@@ -277,7 +290,7 @@ class Certificate:
         """
         return {
             "uniform": float(log2_vocab(self.vocab_size)),
-            "unigram": mean_up(self.column("loss_unigram")),
+            "unigram": self.mean("loss_unigram"),
         }
 
     @cached_property
@@ -312,6 +325,10 @@ class Certificate:
     def shuffle_tests(self) -> dict[str, ShuffleTest]:
         """The SAE against its controls, by kind: permuted, matched, random_decoder."""
         return shuffle_tests(self)
+
+    def mean(self, name: str) -> float:
+        """Return the mean of a column over the independent draws (means of clusters), rounded up."""
+        return mean_up(self.losses.units(self.column(name).astype(np.float64)))
 
     def column(self, name: str) -> NDArray[Any]:
         """Return one column of the evidence as an array."""

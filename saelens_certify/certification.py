@@ -222,13 +222,14 @@ def _evaluate(
                     sequences.document_ids[part],
                     columns,
                     None if clusters is None else clusters[part],
+                    None if draws.sizes is None else draws.sizes[part],
                 )
                 if folder is not None:
                     folder.write_part(index, table)
             tables.append(table)
             bar.update(tokens.numel())
             if config.until is not None and looks[index]:
-                so_far = Certificate(manifest, calibration, join_parts(tables, where))
+                so_far = Certificate(manifest, calibration, pa.concat_tables(tables))
                 if so_far.stop is not None:
                     break
     return Certificate(manifest, calibration, join_parts(tables, where))

@@ -39,10 +39,12 @@ class Comparison:
     Attributes:
         members: By name, in the order given.
         delta: Probability that any of the bounds, or (separately) any of the verdicts, is wrong.
+        family: Number of certificates that share delta: those given, or the larger family they belong to.
     """
 
     members: Mapping[str, Member]
     delta: float
+    family: int
 
     @property
     def best(self) -> str:
@@ -75,20 +77,21 @@ def compare(
     """
     if not isinstance(certificates, Mapping) or not certificates:
         raise CertifyError("compare takes certificates by name, {name: certificate}; at least one")
-    if find_sharp(bound).claim != "R(M)":
+    if find_sharp(bound).claim != "R(M)" or find_sharp(bound).method != "betting":
         raise CertifyError(
-            f"bound={bound!r} does not bound the model's risk, so log2 V is no baseline for it: choose "
-            "'sharp_betting', 'sharp_measured', 'sharp_bernstein', 'sharp_occam' or 'sharp_direct_base'"
+            f"bound={bound!r} does not bound the model's risk by betting: choose 'sharp_betting', "
+            "'sharp_measured', 'sharp_occam' or 'sharp_direct_base'"
         )
     if delta is None:
         found = sorted({certificate.config.delta for certificate in certificates.values()})
         if len(found) > 1:
             raise CertifyError(f"the certificates have different delta {found}: give delta=")
         delta = found[0]
-    number = len(certificates)
+    # Certificates of a larger family were looked at together with its other members.
+    number = max(len(certificates), *(each.config.simultaneous for each in certificates.values()))
     check_family(delta, number)
     p_values = {name: _p_value(each, bound, delta / number) for name, each in certificates.items()}
-    rejected = holm(p_values, delta)
+    rejected = holm(p_values, delta * len(certificates) / number)
     members = {
         name: Member(
             bound=each.bounds_at(delta, number)[bound],
@@ -99,7 +102,7 @@ def compare(
         )
         for name, each in certificates.items()
     }
-    return Comparison(members, delta)
+    return Comparison(members, delta, number)
 
 
 def _p_value(certificate: Certificate, bound: str, level: float) -> float:
@@ -112,5 +115,6 @@ def _p_value(certificate: Certificate, bound: str, level: float) -> float:
         x.high,
         certificate.losses.baseline,
         level,
+        complexity=certificate.complexity if sharp.occam else 0.0,
         time_uniform=certificate.time_uniform,
     )

@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from saelens_certify.bounds.loss import check_alpha
+from saelens_certify.bounds.statements import check_family
 from saelens_certify.bounds.stopping import check_until
 from saelens_certify.errors import CertifyError
 from saelens_certify.ops import Impl
@@ -118,6 +120,8 @@ class CertifyConfig:
                     f"{name} must be an integer of at least {minimum}, got {getattr(self, name)!r}"
                 )
             object.__setattr__(self, name, value)
+        check_alpha(self.alpha)
+        check_family(self.delta, self.simultaneous)
         seed = _integer(self.seed)
         if seed is None:
             raise CertifyError(f"seed must be an integer, got {self.seed!r}")
@@ -129,6 +133,8 @@ class CertifyConfig:
             raise CertifyError(
                 f"until_bound must be one of {_UNTIL_BOUNDS}, got {self.until_bound!r}"
             )
+        if self.until is None and self.until_bound != _UNTIL_BOUNDS[0]:
+            raise CertifyError(f"until_bound={self.until_bound!r} needs until, which is None")
         if self.positions not in _POSITIONS:
             raise CertifyError(f"positions must be one of {_POSITIONS}, got {self.positions!r}")
         if self.dependence not in _DEPENDENCE:

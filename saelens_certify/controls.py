@@ -60,11 +60,18 @@ def first_of_each_kind(names: Iterable[str], few: int = 3) -> list[str]:
 def measured_controls(certificate: Certificate) -> dict[str, dict[str, float]]:
     """Return risk, gap to the model and KL from it of every control, by name; bits per token."""
     base = certificate.column("loss_base")
+
+    def gap(name: str) -> float:
+        other = certificate.column(f"loss_{name}")
+        if certificate.clusters is None:
+            return mean_distance_up(base, other)
+        return mean_up(certificate.losses.units(np.abs(base - other)))
+
     return {
         name: {
-            "risk": mean_up(certificate.column(f"loss_{name}")),
-            "gap": mean_distance_up(base, certificate.column(f"loss_{name}")),
-            "kl": mean_up(certificate.column(f"kl_{name}")),
+            "risk": certificate.mean(f"loss_{name}"),
+            "gap": gap(name),
+            "kl": certificate.mean(f"kl_{name}"),
         }
         for name in control_names(certificate)
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from saelens_certify.bounds import cluster_order
@@ -27,6 +28,14 @@ class Draws:
     sequences: Sequences
     clusters: tuple[str | None, ...] | None
     found: dict[str, Any]
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...] | None:
+        """Number of sequences in the cluster of each."""
+        if self.clusters is None:
+            return None
+        sizes = Counter(self.clusters)
+        return tuple(1 if name is None else sizes[name] for name in self.clusters)
 
 
 def independent_draws(

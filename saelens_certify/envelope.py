@@ -54,6 +54,11 @@ def envelope(certificate: Certificate, files: Mapping[str, str]) -> dict[str, An
                 for name, bound in certificate.bounds.items()
             },
             "shuffle_tests": shuffle_entries(certificate.shuffle_tests),
+            "unigram_risk": dataclasses.asdict(certificate.unigram_risk),
+            "kept": {
+                name: {**dataclasses.asdict(share), "assumptions": list(share.assumptions)}
+                for name, share in certificate.kept.items()
+            },
             "provenance": provenance(certificate.manifest),
             "identity": certificate.manifest["identity"],
             "files": dict(sorted(files.items())),

@@ -30,6 +30,8 @@ EVIDENCE = "evidence"
 CERTIFICATE = "certificate.json"
 CLUSTER = "cluster"
 """Column with the name of the cluster of a sequence that repeats others; null for all others."""
+CLUSTER_SIZE = "cluster_size"
+"""Column with the number of sequences in that cluster; 1 for all others."""
 
 
 def to_table(
@@ -37,6 +39,7 @@ def to_table(
     document_ids: Sequence[str],
     columns: Columns,
     clusters: Sequence[str | None] | None = None,
+    cluster_sizes: Sequence[int] | None = None,
 ) -> pa.Table:
     """Put measured columns into a table, one row a sequence.
 
@@ -46,6 +49,7 @@ def to_table(
         columns: Output of `measure`.
         clusters: Clusters of the sequences, None for one by itself; no such column if they were not
             looked for.
+        cluster_sizes: Number of sequences in the cluster of each.
 
     Returns:
         A table with ``sequence``, ``document``, ``cluster`` and the measured columns in alphabetical order; a
@@ -54,6 +58,7 @@ def to_table(
     arrays = {"sequence": pa.array(sequence_ids), "document": pa.array(document_ids)}
     if clusters is not None:
         arrays[CLUSTER] = pa.array(clusters, type=pa.string())
+        arrays[CLUSTER_SIZE] = pa.array(cluster_sizes, type=pa.int64())
     for name in sorted(columns):
         values = columns[name]
         flat = pa.array(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from saelens_certify.bounds import log_binom, loss_range, mean_up
+from saelens_certify.bounds import loss_range
 from saelens_certify.controls import shuffle_metrics
 
 if TYPE_CHECKING:
@@ -34,13 +34,13 @@ def flat_metrics(certificate: Certificate) -> dict[str, float]:
         "alpha": config.alpha,
         "delta": config.delta,
         "loss_range": float(loss_range(certificate.vocab_size, config.alpha)),
-        "log_binom": float(log_binom(certificate.dict_size, certificate.pool.size)),
+        "log_binom": certificate.complexity,
         "baseline_uniform": certificate.baselines["uniform"],
         "baseline_unigram": certificate.baselines["unigram"],
-        "kl": mean_up(certificate.column("kl")),
-        "top1_agreement": mean_up(certificate.column("top1_agreement")),
-        "gold_logprob_gap": mean_up(certificate.column("gold_logprob_gap")),
-        "l0": mean_up(certificate.column("l0")),
+        "kl": certificate.mean("kl"),
+        "top1_agreement": certificate.mean("top1_agreement"),
+        "gold_logprob_gap": certificate.mean("gold_logprob_gap"),
+        "l0": certificate.mean("l0"),
         "explained_variance": certificate.explained_variance(),
         "explained_variance_no_first": certificate.explained_variance(first=False),
     }

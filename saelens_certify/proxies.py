@@ -6,6 +6,7 @@ and with which decoder.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -158,11 +159,18 @@ def variants_of(
 
 
 def check_controls(adapter: SAEAdapter, config: CertifyConfig) -> None:
-    """Check that the controls asked for can be made of this SAE.
+    """Check that the controls asked for can be made of this SAE; warn if no test can use them.
 
     Raises:
         CertifyError: If random decoders are wanted and the SAE has no decoder rows.
     """
+    controls = config.permutations + config.matched_permutations + config.random_decoders
+    if controls and config.until is not None:
+        warnings.warn(
+            f"{controls} controls are measured, but a run with until={config.until!r} has no shuffle test: "
+            "the SAE's own losses decide how many sequences there are, so its copies are not exchangeable",
+            stacklevel=3,
+        )
     if config.random_decoders:
         _rows(adapter)
 

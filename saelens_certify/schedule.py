@@ -10,7 +10,7 @@ from saelens_certify.config import CertifyConfig
 from saelens_certify.evidence import CLUSTER
 
 _FIRST = 16  # sequences: few verdicts are valid earlier
-_LOOK_GROWTH = 16
+_LOOK_GROWTH = 8
 _GROWTH = 4  # a part is at most this fraction of what was measured before it
 
 
@@ -42,7 +42,7 @@ def part_slices(config: CertifyConfig, clusters: Sequence[str | None]) -> list[s
 def looked_at(slices: Sequence[slice]) -> list[bool]:
     """Say after which parts a run that may stop is looked at.
 
-    After every part at first; later when a sixteenth has been added, so that looking stays cheap; and at the end.
+    After every part at first; later when an eighth has been added, so that looking stays cheap; and at the end.
 
     Args:
         slices: The parts.

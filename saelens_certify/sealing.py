@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from saelens_certify.evidence import (
     CALIBRATION,
     CERTIFICATE,
     CLUSTER,
+    CLUSTER_SIZE,
     MANIFEST,
     RunFolder,
     read_json,
@@ -106,6 +108,42 @@ def check_complete(certificate: Certificate, where: Path) -> None:
                 f"{where} holds {found} {name} sequences, its manifest announces {announced}; run again "
                 "with the same settings to finish it"
             )
+    _check_clusters(certificate, where)
+    contradicted = certificate.column("violation") != (
+        certificate.column("rarest") < certificate.config.tau
+    )
+    if contradicted.any():
+        raise EvidenceError(
+            f"in {where} columns 'violation' and 'rarest' of sequence "
+            f"{certificate.evidence.column('sequence')[int(contradicted.argmax())]} contradict each other"
+        )
+
+
+def _check_clusters(certificate: Certificate, where: Path) -> None:
+    """Check that every cluster is whole, and that clusters were looked for if the settings say so.
+
+    Raises:
+        EvidenceError: If not.
+    """
+    table, looked_for = certificate.evidence, certificate.config.dependence != "ignore"
+    if (CLUSTER in table.column_names) != looked_for:
+        raise EvidenceError(
+            f"{where} has {'no' if looked_for else 'a'} column {CLUSTER!r}, the settings have dependence="
+            f"{certificate.config.dependence!r}"
+        )
+    if not looked_for:
+        return
+    names = table.column(CLUSTER).to_pylist()
+    found = Counter(names)
+    for name, size in zip(names, table.column(CLUSTER_SIZE).to_pylist(), strict=True):
+        if size != (1 if name is None else found[name]):
+            raise EvidenceError(f"{where} does not hold all {size} sequences of cluster {name}")
+    recorded = certificate.manifest["dependence"]["within_evaluation"]
+    n_clusters = len(found) - (None in found) + found[None]
+    if table.num_rows == recorded["n_sequences"] and n_clusters != recorded["n_clusters"]:
+        raise EvidenceError(
+            f"{where} holds {n_clusters} clusters, the manifest records {recorded['n_clusters']}"
+        )
 
 
 def _in_order(evidence: pa.Table, ids: list[str]) -> bool:

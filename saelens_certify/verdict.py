@@ -4,42 +4,40 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from saelens_certify.rounding import percent, rounded_down, rounded_up
+
 if TYPE_CHECKING:
     from saelens_certify.certificate import Certificate
 
 
-def percent(confidence: float) -> str:
-    """Write a confidence without rounding it up: 95%, 99.9%."""
-    return f"{100 * confidence:.12g}%"
-
-
 def verdict(certificate: Certificate) -> str:
-    """Say in one sentence what was certified.
+    """Say in one sentence what was certified; numbers are rounded to the safe side.
 
     Args:
         certificate: The certificate; its headline bound decides.
     """
     bound, baselines = certificate.headline, certificate.baselines
     uniform, unigram = baselines["uniform"], baselines["unigram"]
+    per_cluster = "" if certificate.clusters is None else ", averaged over clusters of sequences,"
     said = (
         f"With {percent(bound.confidence)} confidence the model's expected smoothed loss "
-        f"(alpha = {certificate.config.alpha:g}) is at most {bound.value:.2f} bits per token by way of "
-        f"this SAE{_family(certificate)}"
+        f"(alpha = {certificate.config.alpha:g}){per_cluster} is at most {rounded_up(bound.value, 2):.2f} bits "
+        f"per token by way of this SAE{_family(certificate)}"
     )
     if not certificate.nonvacuous:
         return (
-            f"{said}: vacuous, a uniform guess over {certificate.vocab_size} tokens has {uniform:.2f}."
-            f"{_decided(certificate)}"
+            f"{said}: vacuous, a uniform guess over {certificate.vocab_size} tokens has "
+            f"{rounded_down(uniform, 2):.2f}.{_decided(certificate)}"
         )
     over_unigram = certificate.bounds["sharp_unigram"].value
-    unigram = (
-        f" By a separate statement of the same confidence it is at least {-over_unigram:.2f} below that of a "
-        "unigram model."
+    beyond = (
+        f" By a separate statement of the same confidence it is at least {rounded_down(-over_unigram, 2):.2f} below "
+        "that of a unigram model."
         if over_unigram < 0
         else f" It is not shown to be below that of a unigram model (measured {unigram:.2f})."
     )
     return (
-        f"{said}: {uniform - bound.value:.2f} below a uniform guess ({uniform:.2f}).{unigram}"
+        f"{said}: {rounded_down(uniform - bound.value, 2):.2f} below a uniform guess ({uniform:.2f}).{beyond}"
         f"{_decided(certificate)}"
     )
 
@@ -54,10 +52,18 @@ def _decided(certificate: Certificate) -> str:
         return ""
     stop = certificate.stop
     if stop is None:
-        return f" Not decided after all {certificate.measured.n_sequences} sequences."
-    if stop.reason == "futile":
         return (
-            f" Futile, with {percent(1 - certificate.config.delta)} confidence, after {stop.n} sequences: the "
-            f"bound's limit is at least {stop.value:.2f}, so no number of sequences certifies this pool."
+            f" Not decided after all {_units(certificate, certificate.measured.n_sequences)}; another run on more "
+            "documents needs a delta of its own."
         )
-    return f" Decided after {stop.n} sequences."
+    if stop.reason == "futile" and not certificate.nonvacuous:
+        return (
+            f" Futile, with {percent(1 - certificate.config.delta)} confidence, after {_units(certificate, stop.n)}: for "
+            f"any number of sequences {certificate.config.until_bound} tends to {rounded_down(stop.value, 2):.2f} or "
+            "more with this pool."
+        )
+    return f" Decided after {_units(certificate, stop.n)}."
+
+
+def _units(certificate: Certificate, n: int) -> str:
+    return f"{n} {'sequences' if certificate.clusters is None else 'clusters of sequences'}"

@@ -127,9 +127,14 @@ class Losses:
                 "use smoothed losses in bits (log2), with the alpha and vocab_size given here",
             )
             inside[name] = np.clip(values, low, high)
+        violated = real("violation", violation)
+        # Without a violation h_G is S∘M, so the larger of two measured losses is on the safe side.
+        inside["pool"] = np.where(
+            violated > 0.0, inside["pool"], np.maximum(inside["pool"], inside["sae"])
+        )
         return cls(
             **inside,
-            violation=real("violation", violation),
+            violation=violated,
             low=float(low),
             high=float(high),
             width=float(width),

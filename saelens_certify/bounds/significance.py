@@ -12,6 +12,7 @@ from saelens_certify.bounds.betting import CONSTANT_CAPS, CONSTANT_WEIGHTS, adap
 from saelens_certify.bounds.checks import real, refuse
 from saelens_certify.bounds.rounding import add_up, div_up
 from saelens_certify.bounds.samples import Samples, log_threshold
+from saelens_certify.bounds.times import looks
 from saelens_certify.bounds.wealth import SMALLEST_MEAN, Impl, log_wealth_down
 from saelens_certify.errors import CertifyError
 
@@ -23,6 +24,7 @@ def betting_p_value(
     claim: float,
     delta: float,
     *,
+    complexity: float = 0.0,
     time_uniform: bool = False,
     impl: Impl = "auto",
 ) -> float:
@@ -40,7 +42,9 @@ def betting_p_value(
         high: Largest possible value, fixed in advance.
         claim: The mean that is claimed at least.
         delta: Level for which the stakes are chosen, before looking at the samples.
-        time_uniform: Whether the number of samples may depend on the samples.
+        complexity: Nats by which the p-value grows, so that exp(complexity) of them hold at once.
+        time_uniform: Whether the number of samples may depend on the samples: the largest wealth ever held
+            counts, at the numbers at which `saelens_certify.bounds.times.looks` looks.
         impl: "auto", "native" (compiled) or "numpy"; the same number.
 
     Returns:
@@ -50,7 +54,7 @@ def betting_p_value(
         CertifyError: For samples outside [low, high] or another impossible value.
     """
     checked = Samples.check(samples, low, high)
-    threshold = log_threshold(delta, 0.0)
+    threshold = log_threshold(delta, complexity)
     wanted = real("claim", claim)
     if wanted.ndim:
         raise CertifyError(f"claim has shape {wanted.shape}: give one number.")
@@ -60,11 +64,17 @@ def betting_p_value(
         return 1.0
     # Widened, the division by a width rounded up included: a larger distance is harder to refute.
     distance = max(distance * (1.0 + 2.0**-50), SMALLEST_MEAN)
-    bets = (None, CONSTANT_CAPS, CONSTANT_WEIGHTS)
-    if not time_uniform:
-        bets = adaptive_bets(checked.distances, threshold)
-    value = log_wealth_down(checked.distances, bets[0], min(distance, 1.0), *bets[1:], impl)
-    return min(1.0, math.nextafter(math.exp(min(-value, 0.0)) * (1.0 + 2.0**-50), 1.0))
+    y, claimed = checked.distances, min(distance, 1.0)
+    if time_uniform:
+        wealth = max(
+            log_wealth_down(y[:n], None, claimed, CONSTANT_CAPS, CONSTANT_WEIGHTS, impl)
+            for n in looks(checked.n).tolist()
+        )
+    else:
+        limits, caps, weights = adaptive_bets(y, threshold)
+        wealth = log_wealth_down(y, limits, claimed, caps, weights, impl)
+    log_p = min(float(real("complexity", complexity)) - wealth, 0.0)
+    return min(1.0, math.nextafter(math.exp(log_p) * (1.0 + 2.0**-40), 1.0))
 
 
 def holm(p_values: Mapping[str, float], delta: float) -> dict[str, bool]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from numpy.typing import ArrayLike
 
 from saelens_certify.bounds.baselines import FITTED_BASELINE
-from saelens_certify.bounds.checks import integer
+from saelens_certify.bounds.checks import MAX_INTEGER, integer
 from saelens_certify.bounds.complexity import log_binom
 from saelens_certify.bounds.joint import Losses
 from saelens_certify.bounds.means import Measured
@@ -17,6 +17,7 @@ from saelens_certify.bounds.quantities import Quantities
 from saelens_certify.bounds.samples import log_threshold
 from saelens_certify.bounds.sharp import SHARP, Sharp, sharp_value
 from saelens_certify.bounds.thresholds import BestThreshold, best_threshold
+from saelens_certify.errors import CertifyError
 
 PAPER = "Bandyopadhyay & Ekbal, arXiv:2606.18383"
 HOEFFDING = "Hoeffding (1963), Theorem 2"
@@ -24,16 +25,27 @@ HOEFFDING = "Hoeffding (1963), Theorem 2"
 WAUDBY_SMITH = "Waudby-Smith & Ramdas, JRSS-B 86(1), 2024"
 MAURER_PONTIL = "Maurer & Pontil (2009), Theorem 4"
 
+SMALLEST_SHARE = 1e-300
+"""Of delta: smaller ones lose accuracy as doubles."""
+
 INDEPENDENT = (
     "The evaluation sequences are independent draws from one distribution, one per document; the bound is "
     "about the expected loss under that distribution and no other."
 )
 FIXED_NUMBER = "The number of sequences was fixed before looking at their results."
-ANY_TIME = (
-    "Time-uniform: the number of sequences may depend on their results; the bound holds whenever and for "
-    "whatever reason one stops."
+CLUSTERS = (
+    "Clusters of sequences (several of one document, or near duplicates) are independent draws from one "
+    "distribution of clusters, and each counts by its mean: R stands for the expected mean loss of a cluster."
 )
-IN_HASH_ORDER = "The sequences are taken in the order of their content hashes, which says nothing about their losses."
+ANY_TIME = (
+    "Time-uniform: how many of the evaluation documents were measured may depend on their results; the bound "
+    "holds whenever and for whatever reason one stops. The set of documents was fixed in advance: another run "
+    "on more of them is another statement, with a delta of its own."
+)
+IN_HASH_ORDER = (
+    "The sequences are taken in the order of their content hashes, clusters of them at the place of a hash of their "
+    "name, which says nothing about their losses."
+)
 SAMPLING = (INDEPENDENT, FIXED_NUMBER)
 FIXED_SAE = "Model, SAE and coding rule were fixed before looking at the evaluation sequences."
 FIXED_PROXY = (
@@ -107,7 +119,7 @@ _ONE_POOL = (
 
 _ANY_POOL = (
     "Holds for all pools of this size at once, mismatch included: the pool may even have been chosen on the "
-    "evaluation sequences."
+    "evaluation sequences, but not its size."
 )
 
 _ASSUMPTIONS = {
@@ -232,11 +244,23 @@ def sharp_certificates(
 
 
 def with_assumptions(
-    bounds: Mapping[str, Bound], confidence: float, *further: str
+    bounds: Mapping[str, Bound], confidence: float, *further: str, clusters: bool = False
 ) -> dict[str, Bound]:
-    """Restate bounds with the confidence of the whole statement and further assumptions."""
+    """Restate bounds with the confidence of the whole statement and further assumptions.
+
+    Args:
+        bounds: Bounds by name.
+        confidence: Of the whole.
+        *further: Assumptions to add.
+        clusters: Whether clusters of sequences, not sequences, are the independent draws.
+    """
+
+    def restated(bound: Bound) -> tuple[str, ...]:
+        named = (CLUSTERS if clusters and a == INDEPENDENT else a for a in bound.assumptions)
+        return (*named, *further)
+
     return {
-        name: replace(bound, confidence=confidence, assumptions=(*bound.assumptions, *further))
+        name: replace(bound, confidence=confidence, assumptions=restated(bound))
         for name, bound in bounds.items()
     }
 
@@ -262,7 +286,14 @@ def check_family(delta: float, number: int) -> None:
         CertifyError: If delta is not in (0, 1), or the number not a whole number of at least 1.
     """
     log_threshold(delta, 0.0)
+    if isinstance(number, int) and number > MAX_INTEGER:
+        raise CertifyError(f"simultaneous={number:.3g} is too large: count the certificates.")
     integer("simultaneous", number, 1, "count the certificates that are to hold at once")
+    if delta / number < SMALLEST_SHARE:
+        raise CertifyError(
+            f"delta / simultaneous = {delta / number!r} is below {SMALLEST_SHARE}: raise delta, or share it among "
+            "fewer certificates."
+        )
 
 
 def _threshold_bound(best: BestThreshold, delta: float, time_uniform: bool) -> Bound:

@@ -72,16 +72,18 @@ def first_stop(
     Raises:
         CertifyError: For another rule.
     """
-    check_until(until)
+    rule = check_until(until)
+    if rule is None:
+        raise CertifyError("until must be a rule for stopping, got None")
     when = looks(len(find_sharp(name).variable(losses).samples))
     values = sharp_sequence(name, losses, delta, when)
-    reached = values < losses.baseline if isinstance(until, str) else values <= float(until)
+    reached = values < losses.baseline if isinstance(rule, str) else values <= rule
     stops: list[Stop] = []
     if reached.any():
         k = int(np.argmax(reached))
-        reason: Reason = "nonvacuous" if isinstance(until, str) else "target"
+        reason: Reason = "nonvacuous" if isinstance(rule, str) else "target"
         stops.append(Stop(reason, int(when[k]), float(values[k])))
-    if until == "decided":
+    if rule == "decided":
         floors = floor_sequence(name, losses, delta)
         if (floors >= losses.baseline).any():
             k = int(np.argmax(floors >= losses.baseline))

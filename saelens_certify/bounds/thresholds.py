@@ -95,13 +95,15 @@ def best_threshold(
             f"rarest says that some sequence does not violate the pool of tau = {min(pool_sizes)}, its "
             "violation says that it does: both must be of one calibration."
         )
-    found = []
+    found: list[BestThreshold] = []
     for tau, size in pool_sizes.items():
         here = dataclasses.replace(
             losses,
             violation=violated[tau],
             pool=np.where(violated[tau] > 0.0, losses.pool, losses.sae),
         )
+        if found and float(np.mean(here.joint().samples)) > min(b.bound.value for b in found):
+            continue  # no bound is below the mean
         bound = sharp_value(
             "sharp_occam",
             here,

@@ -12,7 +12,7 @@ from saelens_certify.envelope import EVAL_TYPE
 from saelens_certify.errors import CertifyError
 from saelens_certify.integrations.sae_bench import check_certificate
 from saelens_certify.report.terms import BOUNDS, CONTROLS, bound_label, control_label
-from saelens_certify.verdict import percent
+from saelens_certify.rounding import percent
 
 _BEGIN, _END = "<!-- saelens_certify: begin{} -->", "<!-- saelens_certify: end{} -->"
 

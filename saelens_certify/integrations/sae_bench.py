@@ -125,6 +125,29 @@ class BoundEntry(_Strict):
     )
 
 
+class RiskEntry(_Strict):
+    """Risk of the unigram model."""
+
+    value: _Finite = _entry("Value", "Mean loss, bits per token.")
+    lower: _Finite = _entry("Lower", "Lower confidence limit, bits per token.")
+    upper: _Finite = _entry("Upper", "Upper confidence limit, bits per token.")
+    confidence: _Finite = _entry("Confidence", "Probability that the risk is between the limits.")
+
+
+class KeptEntry(_Strict):
+    """Share of the model's advantage over a baseline that a proxy keeps."""
+
+    value: _Finite | None = _entry("Value", "Ratio of measured differences; null if there is none.")
+    lower: _Finite | None = _entry("Lower", "Lower end of the two-sided statement; null if none.")
+    upper: _Finite | None = _entry("Upper", "Upper end of the two-sided statement; null if none.")
+    lower_alone: _Finite | None = _entry(
+        "Lower alone", "Lower limit that spends all of delta, a statement of its own; null if none."
+    )
+    confidence: _Finite = _entry("Confidence", "Of the two-sided statement.")
+    baseline: str = _entry("Baseline", "Name of the baseline.")
+    assumptions: list[str] = _entry("Assumptions", "What must be true for that confidence.")
+
+
 class StopEntry(_Strict):
     """Why and when a run that may stop early was decided."""
 
@@ -192,6 +215,10 @@ class Unstructured(_Strict):
     verdict: str = _entry("Verdict", "The result in one sentence.")
     stop: StopEntry | None = _entry(
         "Stop", "Why and when the run was decided; null if it measured a number fixed in advance."
+    )
+    unigram_risk: RiskEntry = _entry("Unigram risk", "The unigram model's risk, with limits.")
+    kept: dict[str, KeptEntry] = _entry(
+        "Information kept", "Share of the model's advantage that each proxy keeps, by baseline."
     )
     bounds: dict[str, BoundEntry] = _entry("Bounds", "Every bound by name, with theorem and terms.")
     shuffle_tests: dict[str, ShuffleTestEntry] = _entry(

@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from saelens_certify.comparison import Comparison
-from saelens_certify.report.table import plain_table, rounded_up
-from saelens_certify.verdict import percent
+from saelens_certify.report.table import plain_table
+from saelens_certify.rounding import percent, rounded_down, rounded_up
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
@@ -31,13 +31,13 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
             escape(title),
             f"{member.n_sequences:,}",
             f"{rounded_up(member.bound.value):.4f}",
-            f"{member.uniform - member.bound.value:+.4f}",
+            f"{rounded_down(member.uniform - member.bound.value):+.4f}",
             f"{member.p_value:.2g}",
             "yes" if member.nonvacuous else "no",
         )
     console.print(table)
     console.print(
-        f"Each bound spends delta / {len(members)} (Bonferroni), so all hold at once with {confidence} confidence "
+        f"Each bound spends delta / {comparison.family} (Bonferroni), so all hold at once with {confidence} confidence "
         f"and the smallest may be chosen after looking: {comparison.best}",
         markup=False,
         highlight=False,

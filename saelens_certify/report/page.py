@@ -13,8 +13,8 @@ from saelens_certify.certificate import Certificate
 from saelens_certify.report.figure import certificate_figure
 from saelens_certify.report.table import certificate_tables
 from saelens_certify.report.terms import CONTROLS, bound_label
+from saelens_certify.rounding import percent
 from saelens_certify.storage import write_atomically
-from saelens_certify.verdict import percent
 
 _STYLE = """
 body { font-family: system-ui, sans-serif; max-width: 1180px; margin: 2em auto; color: #222; }

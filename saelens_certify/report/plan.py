@@ -7,7 +7,7 @@ import math
 from rich.console import Console
 
 from saelens_certify.bounds import Plan
-from saelens_certify.verdict import percent
+from saelens_certify.rounding import percent
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +12,7 @@ from saelens_certify.bounds import Bound
 from saelens_certify.certificate import Certificate
 from saelens_certify.controls import BEYOND, first_of_each_kind
 from saelens_certify.report.terms import CONTROLS, bound_label, control_label, term_label
-from saelens_certify.verdict import percent
+from saelens_certify.rounding import percent, rounded_down, rounded_up
 
 _SUMS = ("sharp_betting", "u_sae", "u_sae_occam")
 _EXCESS = (
@@ -119,7 +118,7 @@ def _bounds(certificate: Certificate) -> Table:
         table.add_row(
             bound_label(name),
             f"{rounded_up(bound.value):.4f}",
-            f"{baselines['uniform'] - bound.value:+.4f}",
+            f"{rounded_down(baselines['uniform'] - bound.value):+.4f}",
             f"{baselines['unigram'] - bound.value:+.4f}",
             "yes" if bound.nonvacuous(baselines["uniform"]) else "no",
         )
@@ -146,8 +145,10 @@ def _kept(certificate: Certificate) -> Table:
     table = plain_table(title, "proxy", "baseline", "measured", "lower", "upper")
     for name, share in certificate.kept.items():
         proxy = "S∘M" if name.startswith("sae_") else "h_G"
-        ends = (share.value, share.lower, share.upper)
-        table.add_row(proxy, share.baseline, *("" if x is None else f"{x:.1%}" for x in ends))
+        lower = "" if share.lower is None else f"{rounded_down(100 * share.lower, 1):.1f}%"
+        upper = "" if share.upper is None else f"{rounded_up(100 * share.upper, 1):.1f}%"
+        measured = "" if share.value is None else f"{share.value:.1%}"
+        table.add_row(proxy, share.baseline, measured, lower, upper)
     return table
 
 
@@ -189,16 +190,6 @@ def _shuffle_tests(certificate: Certificate) -> Table:
             BEYOND[kind],
         )
     return table
-
-
-def rounded_up(value: float) -> float:
-    """Round to what is shown, upwards."""
-    return math.ceil(value * 1e4) / 1e4
-
-
-def rounded_down(value: float) -> float:
-    """Round to what is shown, downwards."""
-    return math.floor(value * 1e4) / 1e4
 
 
 def plain_table(title: str, first: str, *columns: str) -> Table:

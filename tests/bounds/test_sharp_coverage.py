@@ -28,14 +28,12 @@ def test_coverage(name: str):
 
 @pytest.mark.parametrize("name", ["sharp_betting", "sharp_bernstein", "sharp_measured"])
 def test_part_of_the_margin_is_not_enough(name: str):
-    scale = 0.2 if name == "sharp_bernstein" else 0.3
+    scale = 0.15 if name == "sharp_bernstein" else 0.3
     rate = sim.one_bound(sim.LAWS["violations hide the loss, even"], name, False, TRIALS, scale)
     assert rate > sim.allowed(TRIALS)
 
 
 def test_both_ends_of_a_two_sided_bound_matter():
-    law = sim.LAWS["coin, even"]
-    assert sim.one_bound(law, "excess_sae_two_sided", False, SLOW) == 0.0
     law = sim.LAWS["gap hides the loss, rare"]
     assert sim.one_bound(law, "excess_sae_two_sided", False, TRIALS, 0.05) > sim.allowed(TRIALS)
 
@@ -49,3 +47,13 @@ def test_the_best_of_several_needs_its_share_of_delta():
 def test_all_pools_need_the_occam_term():
     trials = 700
     assert sim.all_pools(occam=False, trials=trials) > sim.allowed(trials)
+
+
+def test_a_bound_for_one_number_does_not_survive_looking_all_the_time():
+    trials = 250
+    assert sim.stopped(sim.LAWS["coin, even"], trials, fixed=True) > sim.allowed(trials)
+
+
+def test_many_true_claims_need_the_correction():
+    trials = 200
+    assert sim.holm_rejects(60, 0, trials, corrected=False) > sim.allowed(trials)
