@@ -58,8 +58,8 @@ def _decided(certificate: Certificate) -> str:
         )
     if stop.reason == "futile" and not certificate.nonvacuous:
         return (
-            f" Futile, with {percent(1 - certificate.config.delta)} confidence, after {_units(certificate, stop.n)}: for "
-            f"any number of sequences {certificate.config.until_bound} tends to {rounded_down(stop.value, 2):.2f} or "
+            f" Futile, with {percent(1 - certificate.config.delta)} confidence, after {_units(certificate, stop.n)}: with "
+            f"ever more sequences {certificate.config.until_bound} tends to {rounded_down(stop.value, 2):.2f} or "
             "more with this pool."
         )
     return f" Decided after {_units(certificate, stop.n)}."

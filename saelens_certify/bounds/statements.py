@@ -287,7 +287,9 @@ def check_family(delta: float, number: int) -> None:
     """
     log_threshold(delta, 0.0)
     if isinstance(number, int) and number > MAX_INTEGER:
-        raise CertifyError(f"simultaneous={number:.3g} is too large: count the certificates.")
+        raise CertifyError(
+            "simultaneous is too large: count the certificates that are to hold at once."
+        )
     integer("simultaneous", number, 1, "count the certificates that are to hold at once")
     if delta / number < SMALLEST_SHARE:
         raise CertifyError(

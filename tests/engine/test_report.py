@@ -106,7 +106,7 @@ def test_verdicts(certificate) -> None:
         table = to_table([str(i) for i in range(n)], [""] * n, columns)
         return Certificate(certificate.manifest, certificate.calibration, table)
 
-    assert "it is at least 3.00 below that of a unigram model" in with_losses(3.0, 6.001).verdict()
+    assert "it is at least 2.99 below that of a unigram model" in with_losses(3.0, 6.001).verdict()
     assert (
         "not shown to be below that of a unigram model (measured 2.90)"
         in with_losses(3.0, 2.9).verdict()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -27,7 +28,14 @@ from saelens_certify import (
     verify,
 )
 from saelens_certify.cli import EXIT_DONE, EXIT_INPUT, main
-from saelens_certify.evidence import CERTIFICATE, EVIDENCE
+from saelens_certify.evidence import (
+    CALIBRATION,
+    CERTIFICATE,
+    EVIDENCE,
+    MANIFEST,
+    RunFolder,
+    load_calibration,
+)
 from saelens_certify.integrations.sae_bench import check_certificate
 
 N = 90
@@ -149,7 +157,7 @@ def test_futile_and_measured() -> None:
     assert certificate.stop.reason == "futile"
     assert certificate.evidence.num_rows < 400
     assert not certificate.nonvacuous
-    assert "no number of sequences certifies this pool" in certificate.verdict()
+    assert "with ever more sequences sharp_betting tends to" in certificate.verdict()
 
 
 @pytest.mark.parametrize("until", ["now", 0, -2.0, True])
@@ -289,3 +297,90 @@ def test_sequences_are_valid_at_all_times_and_tighten(whole) -> None:
         whole.sequence("nothing")
     with pytest.raises(CertifyError, match="times"):
         whole.sequence(times=[5, 4])
+
+
+def forged(source: Path, target: Path, table: pa.Table) -> Path:
+    """A folder with other evidence under the same manifest, sealed over it."""
+    target.mkdir()
+    for name in (MANIFEST, CALIBRATION):
+        shutil.copy(source / name, target / name)
+    folder = RunFolder(target)
+    folder.write_part(0, table)
+    Certificate(folder.manifest(), load_calibration(target / CALIBRATION), table).seal(folder)
+    return target
+
+
+def test_chosen_rows_do_not_verify(stopped, whole, documents, tmp_path) -> None:
+    """The easiest sequences in place of the first ones."""
+    n = Certificate.load(stopped).evidence.num_rows
+    easy = np.sort(np.argsort(whole.column("loss_base"))[:n])
+    folder = forged(stopped, tmp_path / "easy", whole.evidence.take(easy))
+    with pytest.raises(EvidenceError, match="not that of the certified documents in their order"):
+        verify(
+            folder,
+            model=demo.load_model(),
+            sae=demo.load_sae(demo.DEFAULT_SAE),
+            evaluation=documents["evaluation"],
+        )
+
+
+def edited(table: pa.Table, name: str, values: list[Any]) -> pa.Table:
+    place = table.column_names.index(name)
+    return table.set_column(place, name, pa.array(values, type=table.schema.field(name).type))
+
+
+def test_edited_clusters_and_violations_are_found(tmp_path) -> None:
+    model, sae, evaluation = hooked_transformer(), make_sae(), repeated(20, 3)
+    arguments: dict[str, Any] = {"calibration": make_tokens(6, seed=1), "evaluation": evaluation}
+    config = CertifyConfig(seq_len=SEQ_LEN, progress=False, tau=3)
+    with pytest.warns(UserWarning, match="repeat each other"):
+        certificate = certify(model, sae, **arguments, config=config, output=tmp_path / "run")
+    table = certificate.evidence
+    again: dict[str, Any] = {"model": model, "sae": sae, "evaluation": evaluation}
+    assert verify(tmp_path / "run", **again).n_remeasured
+
+    alone = edited(table, "cluster", [None] * len(table))
+    with pytest.raises(EvidenceError, match="cluster"):
+        verify(forged(tmp_path / "run", tmp_path / "alone", alone))
+    without = table.drop_columns(["cluster"])
+    with pytest.raises(EvidenceError, match="cluster"):
+        verify(forged(tmp_path / "run", tmp_path / "without", without))
+    cut = table.slice(0, len(table) - 1)
+    with pytest.raises(EvidenceError, match="announces"):
+        verify(forged(tmp_path / "run", tmp_path / "cut", cut))
+
+    assert certificate.column("violation").any()
+    tame = edited(table, "violation", [False] * len(table))
+    tame = edited(tame, "loss_pool", table.column("loss_sae").to_pylist())
+    with pytest.raises(EvidenceError, match="contradict each other"):
+        verify(forged(tmp_path / "run", tmp_path / "tame", tame))
+    consistent = edited(tame, "rarest", [1e6] * len(table))
+    with pytest.raises(EvidenceError, match="measured again differs"):
+        verify(forged(tmp_path / "run", tmp_path / "consistent", consistent), **again)
+
+
+def test_a_family_is_not_left_by_comparing_its_best(documents) -> None:
+    member = certify(
+        demo.load_model(), demo.load_sae(demo.DEFAULT_SAE), **documents,
+        config=dataclasses.replace(QUIET, simultaneous=10),
+    )  # fmt: skip
+    found = compare({"best": member})
+    assert found.family == 10
+    assert found.members["best"].bound == member.bounds["sharp_betting"]
+
+
+def test_settings_that_no_bound_can_have_are_refused_at_once() -> None:
+    for wrong in (
+        {"simultaneous": 10**400}, {"simultaneous": 10**20}, {"simultaneous": 0},
+        {"alpha": 1e-300}, {"delta": 5e-324, "simultaneous": 3}, {"until_bound": "sharp_measured"},
+    ):  # fmt: skip
+        with pytest.raises(CertifyError):
+            CertifyConfig(**wrong)  # pyright: ignore[reportArgumentType]
+
+
+def test_controls_without_a_test_are_told_about(documents) -> None:
+    with pytest.warns(UserWarning, match="no shuffle test"):
+        certify(
+            demo.load_model(), demo.load_sae(demo.DEFAULT_SAE), **documents,
+            config=dataclasses.replace(QUIET, permutations=1), until="nonvacuous",
+        )  # fmt: skip
