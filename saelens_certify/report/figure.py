@@ -61,7 +61,9 @@ def certificate_figure(certificate: Certificate) -> go.Figure:
 def _add_bounds(figure: go.Figure, certificate: Certificate) -> None:
     bounds = [certificate.bounds[name] for name in _SHOWN if name in certificate.bounds]
     labels = [bound_label(bound.name) for bound in bounds]
-    for term in dict.fromkeys(term for bound in reversed(bounds) for term in bound.terms):
+    terms = dict.fromkeys(term for bound in reversed(bounds) for term in bound.terms)
+    # What was measured comes first in every bar, what data are lacking last.
+    for term in sorted(terms, key=lambda term: term.startswith("t_")):
         figure.add_trace(
             go.Bar(
                 y=labels,
@@ -91,8 +93,8 @@ def _add_bounds(figure: go.Figure, certificate: Certificate) -> None:
             line={"dash": "dash", "width": 1.5, "color": "black"},
         )  # fmt: skip
         figure.add_annotation(
-            xref="x", yref="paper", x=x, y=0.5, text=text, showarrow=False, textangle=-90,
-            xanchor="right", font_size=12,
+            xref="x", yref="paper", x=x, y=0.02, text=text, showarrow=False, textangle=-90,
+            xanchor="right", yanchor="bottom", font_size=12,
         )  # fmt: skip
     largest = max([bound.value for bound in bounds] + list(lines.values()))
     figure.update_xaxes(title="bits per token", range=[0, 1.12 * largest], row=1, col=1)
