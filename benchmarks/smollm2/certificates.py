@@ -31,7 +31,7 @@ def certify_layer(
     sae: SAE[Any],
     calibration: Int[Tensor, "sequences pos"],
     evaluation: Int[Tensor, "sequences pos"],
-    output: Path,
+    output: Path | None = None,
 ) -> Certificate:
     """Issue the certificate of one SAE, with one feature permutation as a control."""
     config = CertifyConfig(permutations=1, seq_len=calibration.shape[1])

@@ -23,7 +23,7 @@ SMALL_POOL = 40  # calibration sequences
 
 
 def smollm2_sequences(quick: bool = False) -> dict[str, dict[str, float]]:
-    """Certify the SAEs of both layers and count sequences; runs in the cache are taken up again.
+    """Certify the SAEs of both layers and count sequences.
 
     Args:
         quick: Whether to do it at toy size.
@@ -35,12 +35,12 @@ def smollm2_sequences(quick: bool = False) -> dict[str, dict[str, float]]:
     small: dict[Split, int] = {"calibration": 24, "evaluation": 200}
     counts = small if quick else FULL
     tokens = {side: sequences(side, model.tokenizer, LENGTH, n) for side, n in counts.items()}
-    runs = CACHE_DIR / "smollm2" / "runs" / "ci"
-    found = {}
-    for hook, sae in trained_saes("ci", HOOKS, CACHE_DIR, model).items():
-        folder = runs / f"{hook}-{counts['calibration']}-{counts['evaluation']}"
-        found[hook] = against_published(certify_layer(model, sae, **tokens, output=folder))
-    return found
+    return {
+        hook: against_published(
+            certify_layer(model, sae, tokens["calibration"], tokens["evaluation"])
+        )
+        for hook, sae in trained_saes("ci", HOOKS, CACHE_DIR, model).items()
+    }
 
 
 def against_published(certificate: Certificate) -> dict[str, float]:

@@ -88,7 +88,7 @@ class History:
     def series(
         self, key: str, name: str | None = None, run: str | None = None
     ) -> list[tuple[int | None, float]]:
-        """One number over the steps, e.g. ``series("u_sae")``, of one SAE or of all, one run or all."""
+        """One number over the steps, e.g. ``series("sharp_betting")``, of one SAE or of all, one run or all."""
         return [
             (record.step, record.metrics[key])
             for record in self.records
@@ -107,7 +107,8 @@ class History:
         run = run or next((record.run for record in reversed(self.records)), None)
         name = name or next((r.name for r in self.records if run in (None, r.run)), None)
         shown = {
-            "u_sae": ("U_SAE", "#1f5fa8", None),
+            "sharp_betting": ("sharp bound", "#1f5fa8", None),
+            "u_sae": ("U_SAE", "#8fb3d9", None),
             "risk_pool": ("proxy risk", "#d1742b", None),
             "risk_base": ("risk of the model", "#3d3d3d", None),
             "gap": ("reconstruction gap", "#7a4ea3", None),
