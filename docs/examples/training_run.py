@@ -53,7 +53,7 @@ with certifying.following(runner, every=50) as history:
     runner.run()
 
 shown = ("sharp_betting", "u_sae", "gap", "eta", "pool_size")
-print("step", *(f"{name:>10}" for name in shown))
+print("step", *(f"{name:>13}" for name in shown))
 for record in history:
-    print(f"{record.step:4}", *(f"{record.metrics[name]:10.3f}" for name in shown))
+    print(f"{record.step:4}", *(f"{record.metrics[name]:13.3f}" for name in shown))
 print(certifying.certificate.verdict())

@@ -79,7 +79,7 @@ def test_runs_in_one_log_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_logs_without_the_name_of_a_run_are_read(tmp_path: Path) -> None:
-    line = '{"step": %d, "samples": 2, "name": "a", "metrics": {"u_sae": 3.0}}\n'
+    line = '{"step": %d, "samples": 2, "name": "a", "metrics": {"sharp_betting": 3.0}}\n'
     (tmp_path / "run.jsonl").write_text(line % 1 + line % 2)
     history = History.load(tmp_path / "run.jsonl")
     assert list(history.figure().data[0].x) == [1, 2]
