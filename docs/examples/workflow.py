@@ -34,7 +34,16 @@ metrics, _ = run_evals(
 )
 for group, numbers in metrics.items():
     print(group)
-    shown = ("sharp_betting", "u_sae", "risk_base", "risk_pool", "gap", "kept_sae_uni", "eta", "n_seq")
+    shown = (
+        "sharp_betting",
+        "u_sae",
+        "risk_base",
+        "risk_pool",
+        "gap",
+        "kept_sae_uni",
+        "eta",
+        "n_seq",
+    )
     for name, value in numbers.items():
         if group != "faithfulness_certificate" or name.startswith(("baseline", *shown)):
             print(f"  {name:34} {value:10.4f}")

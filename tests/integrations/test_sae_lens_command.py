@@ -175,7 +175,16 @@ def test_the_command_has_every_setting_of_a_certificate(
         return register(**settings)
 
     monkeypatch.setattr(cli, "register", noted)
-    more = "--random_decoders 1 --permutations 1 --impl torch --batch_tokens 512".split()
+    more = [
+        "--random_decoders",
+        "1",
+        "--permutations",
+        "1",
+        "--impl",
+        "torch",
+        "--batch_tokens",
+        "512",
+    ]
     assert main(_arguments("one", tmp_path, *more)) == 0
     assert main(_arguments("one", tmp_path, "--verbose")) == 0
     base = CertifyConfig(seq_len=12, progress=False)
