@@ -60,12 +60,8 @@ from saelens_certify.sealing import check_complete, file_hashes, join_parts
 from saelens_certify.storage import dump_json, write_atomically
 from saelens_certify.verdict import verdict
 
-HEADLINE = "sharp_betting"
-"""The bound behind the verdict, whatever the data say: valid because the pool is fixed by disjoint
-calibration documents, and the order of the sequences by their hashes."""
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Certificate:
     """Upper bounds on a frozen model's expected loss through an SAE, and what they rest on.
 
@@ -81,6 +77,9 @@ class Certificate:
     manifest: Manifest
     calibration: Calibration
     evidence: pa.Table
+
+    def __repr__(self) -> str:
+        return f"<Certificate: {self.verdict()}>"
 
     @cached_property
     def config(self) -> CertifyConfig:
@@ -180,6 +179,11 @@ class Certificate:
         )
 
     @property
+    def unit(self) -> str:
+        """What counts as one draw."""
+        return "sequences" if self.clusters is None else "clusters of sequences"
+
+    @property
     def time_uniform(self) -> bool:
         """Whether the number of sequences was allowed to depend on their losses (``config.until``)."""
         return self.config.until is not None
@@ -193,12 +197,12 @@ class Certificate:
         return first_stop(self.losses, self.config.until, config.share, name=config.until_bound)
 
     def sequence(
-        self, name: str = HEADLINE, times: ArrayLike | None = None
+        self, name: str | None = None, times: ArrayLike | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Return a sharp bound after every number of sequences: valid at all of them at once.
 
         Args:
-            name: A key of `saelens_certify.bounds.SHARP`.
+            name: A key of `saelens_certify.bounds.SHARP`, of a two-sided one the upper end; None: that of the verdict.
             times: Numbers of sequences (or clusters, where sequences were clustered); by default each up to 64,
                 then eight for every doubling.
 
@@ -209,12 +213,13 @@ class Certificate:
             CertifyError: For an unknown name or impossible times.
         """
         when = looks(self.measured.n_sequences) if times is None else np.asarray(times)
+        name = name or self.headline.name
         share, nats = self.config.share, self.complexity
         return when, sharp_sequence(name, self.losses, share, when, complexity=nats)
 
     def plan(
         self,
-        bound: str = HEADLINE,
+        bound: str | None = None,
         *,
         target: float | None = None,
         margin: float | None = None,
@@ -223,9 +228,9 @@ class Certificate:
         """Plan another run with this one as the pilot: how many sequences a bound needs.
 
         Args:
-            bound: Any bound of `bounds` but sharp_occam_tau.
-            target: Bits per token that it is to be at most; by default what makes the verdict (below
-                log2 V).
+            bound: Any bound of `bounds` but sharp_occam_tau; None: that of the verdict.
+            target: Bits per token that it is to be at most; by default the run's own (``until``), or what makes
+                the verdict (below log2 V).
             margin: In place of a target: how far above its measured mean it may be.
             seed: Seed of the resampling.
 
@@ -236,8 +241,10 @@ class Certificate:
         Raises:
             CertifyError: For an unknown bound, both goals, or a pilot of one sequence.
         """
+        if target is None and margin is None and isinstance(self.config.until, float):
+            target = self.config.until
         return plan(
-            bound,
+            bound or self.headline.name,
             self.losses,
             vocab_size=self.vocab_size,
             target=target,
@@ -261,9 +268,18 @@ class Certificate:
                 "documents without their repetitions."
             )
         if self.config.dependence == "ignore":
-            said.append("Near duplicates were not looked for and count as independent.")
-        elif units < n:
+            said.append(
+                "Sequences of one document and near duplicates were not looked for and count as independent."
+            )
+            return tuple(said)
+        if units < n:
             said.append(f"{n} sequences form {units} clusters.")
+        repeated = self.manifest["dependence"]["of_calibration"]["n_repeated"]
+        if repeated:
+            said.append(
+                f"{repeated} evaluation sequences are near duplicates of calibration sequences: the "
+                "distribution repeats the documents that the pool was made from."
+            )
         return tuple(said)
 
     @property
@@ -308,8 +324,12 @@ class Certificate:
 
     @property
     def headline(self) -> Bound:
-        """The bound behind the verdict: that which ``until`` looked at, else sharp_betting."""
-        return self.bounds[self.config.until_bound if self.time_uniform else HEADLINE]
+        """The bound behind the verdict, whatever the data say: ``config.until_bound``.
+
+        Valid because the pool is fixed by disjoint calibration documents, and the order of the sequences by
+        their hashes.
+        """
+        return self.bounds[self.config.until_bound]
 
     @property
     def nonvacuous(self) -> bool:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from saelens_certify.build_info import build_info
-from saelens_certify.certificate import HEADLINE, Certificate
+from saelens_certify.certificate import Certificate
 from saelens_certify.certification import certify
 from saelens_certify.cli_exit import (
     EXIT_DONE,
@@ -118,17 +118,17 @@ def _parser() -> argparse.ArgumentParser:
         "folders", type=Path, nargs="+", help="runs' folders: all that were looked at"
     )
     several.add_argument("--delta", type=float, help="failure probability of the whole")
-    several.add_argument(
-        "--bound", default=HEADLINE, help=f"which sharp bound (default: {HEADLINE})"
-    )
+    several.add_argument("--bound", help="which sharp bound (default: that of the first verdict)")
     several.set_defaults(command=_compare)
 
     planned = commands.add_parser(
         "plan", help="how many sequences a bound needs, with a finished run as the pilot"
     )
     planned.add_argument("folder", type=Path, help="the pilot's folder")
-    planned.add_argument("--bound", default=HEADLINE, help=f"which bound (default: {HEADLINE})")
-    planned.add_argument("--target", type=float, help="bits per token (default: below log2 V)")
+    planned.add_argument("--bound", help="which bound (default: that of the verdict)")
+    planned.add_argument(
+        "--target", type=float, help="bits per token (default: that of the run, or below log2 V)"
+    )
     planned.add_argument(
         "--margin", type=float, help="bits above what was measured, in place of --target"
     )
@@ -273,7 +273,8 @@ def _compare(options: argparse.Namespace, console: Console) -> int:
 def _plan(options: argparse.Namespace, console: Console) -> int:
     certificate = Certificate.load(options.folder)
     goals = {"target": options.target, "margin": options.margin}
-    print_plan(certificate.plan(options.bound, **goals, seed=options.seed), console)
+    plan = certificate.plan(options.bound, **goals, seed=options.seed)
+    print_plan(plan, certificate.unit, console)
     return EXIT_DONE
 
 

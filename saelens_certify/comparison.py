@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from saelens_certify.bounds import Bound, betting_p_value, holm
-from saelens_certify.bounds.sharp import find_sharp
+from saelens_certify.bounds.sharp import SHARP, find_sharp
 from saelens_certify.bounds.statements import check_family
-from saelens_certify.certificate import HEADLINE, Certificate
+from saelens_certify.certificate import Certificate
 from saelens_certify.errors import CertifyError
 
 
@@ -53,7 +55,7 @@ class Comparison:
 
 
 def compare(
-    certificates: Mapping[str, Certificate], *, delta: float | None = None, bound: str = HEADLINE
+    certificates: Mapping[str, Certificate], *, delta: float | None = None, bound: str | None = None
 ) -> Comparison:
     """Make statements about several SAEs, layers or settings that hold together.
 
@@ -67,7 +69,8 @@ def compare(
     Args:
         certificates: By name.
         delta: Failure probability of the whole; None: that of the certificates, if it is one.
-        bound: Which sharp bound, such as ``"sharp_betting"`` or ``"sharp_measured"``.
+        bound: Which sharp bound: sharp_betting, sharp_measured, sharp_occam or sharp_direct_base; None:
+            that of the first certificate's verdict.
 
     Returns:
         The bounds and verdicts, by name.
@@ -75,9 +78,19 @@ def compare(
     Raises:
         CertifyError: For no certificates, an unknown bound, or certificates of different delta if none is given.
     """
-    if not isinstance(certificates, Mapping) or not certificates:
-        raise CertifyError("compare takes certificates by name, {name: certificate}; at least one")
-    if find_sharp(bound).claim != "R(M)" or find_sharp(bound).method != "betting":
+    if (
+        not isinstance(certificates, Mapping)
+        or not certificates
+        or not all(isinstance(each, Certificate) for each in certificates.values())
+    ):
+        raise CertifyError(
+            "compare takes certificates by name, {name: certificate}, at least one; Certificate.load(folder) "
+            "reads one"
+        )
+    bound = bound or next(iter(certificates.values())).headline.name
+    _check_alike(certificates)
+    sharp = SHARP.get(bound)
+    if sharp is None or sharp.claim != "R(M)" or sharp.method != "betting":
         raise CertifyError(
             f"bound={bound!r} does not bound the model's risk by betting: choose 'sharp_betting', "
             "'sharp_measured', 'sharp_occam' or 'sharp_direct_base'"
@@ -103,6 +116,38 @@ def compare(
         for name, each in certificates.items()
     }
     return Comparison(members, delta, number)
+
+
+def _check_alike(certificates: Mapping[str, Certificate]) -> None:
+    """Refuse bounds of different losses; warn about different models or documents.
+
+    Raises:
+        CertifyError: If alpha, the length of the sequences or the vocabulary differ.
+    """
+
+    def differ(what: str, values: list[Any]) -> str:
+        shown = ", ".join(
+            f"{name}: {value}" for name, value in zip(certificates, values, strict=True)
+        )
+        return f"the certificates differ in {what} ({shown})"
+
+    each = list(certificates.values())
+    for what, values in (
+        ("alpha", [c.config.alpha for c in each]),
+        ("seq_len", [c.config.seq_len for c in each]),
+        ("vocabulary size", [c.vocab_size for c in each]),
+    ):
+        if len(set(values)) > 1:
+            raise CertifyError(
+                f"{differ(what, values)}, so their bounds are of different losses and the smallest means nothing"
+            )
+    for what, key in (("model", "model_sha256"), ("documents", "evaluation_sha256")):
+        values = [c.manifest["identity"][key][:12] for c in each]
+        if len(set(values)) > 1:
+            warnings.warn(
+                f"{differ(what, values)}: the bounds hold together, but are not about one risk",
+                stacklevel=3,
+            )
 
 
 def _p_value(certificate: Certificate, bound: str, level: float) -> float:

@@ -54,7 +54,8 @@ class CertifyConfig:
         until: Measure until the verdict is valid, looking all the time: ``"nonvacuous"`` (the bound is below
             a uniform guess), ``"decided"`` (also when no number of sequences can make it so), or a number
             of bits per token. None: measure every evaluation sequence. With it every bound is time-uniform.
-        until_bound: The sharp bound that ``until`` looks at, ``"sharp_betting"`` or ``"sharp_measured"``.
+        until_bound: The bound behind the verdict, and at which ``until`` looks: ``"sharp_betting"`` or
+            ``"sharp_measured"``.
         simultaneous: Number of certificates (SAEs, layers, settings) that share delta, so that they all
             hold at once: each spends delta / simultaneous.
         seed: Seed of the controls; on the command line also of the division of --data.
@@ -133,8 +134,6 @@ class CertifyConfig:
             raise CertifyError(
                 f"until_bound must be one of {_UNTIL_BOUNDS}, got {self.until_bound!r}"
             )
-        if self.until is None and self.until_bound != _UNTIL_BOUNDS[0]:
-            raise CertifyError(f"until_bound={self.until_bound!r} needs until, which is None")
         if self.positions not in _POSITIONS:
             raise CertifyError(f"positions must be one of {_POSITIONS}, got {self.positions!r}")
         if self.dependence not in _DEPENDENCE:

@@ -58,10 +58,16 @@ def independent_draws(
         found.refuse()
     if found.links:
         warnings.warn(str(found), stacklevel=3)
+    across = near_duplicates_across(calibration, evaluation)
+    if across.links:
+        warnings.warn(
+            f"{across} The certificate is about documents that repeat the calibration documents that often",
+            stacklevel=3,
+        )
     record = {
         "looked_for": True,
         "within_evaluation": found.to_dict(),
-        "of_calibration": near_duplicates_across(calibration, evaluation).to_dict(),
+        "of_calibration": across.to_dict(),
     }
     return Draws(*in_order(evaluation, found), record)
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
+from decimal import ROUND_CEILING, Decimal
 
 
 def rounded_up(value: float, digits: int = 4) -> float:
-    """Round upwards to so many digits behind the point, going by the double's exact value."""
-    return float(Decimal(value).quantize(Decimal(1).scaleb(-digits), ROUND_CEILING))
+    """Round upwards to so many digits behind the point; four units in the last place are not shown.
+
+    Bounds have been rounded up before, by more than that.
+    """
+    shown = value - abs(value) * 2.0**-50
+    return float(Decimal(shown).quantize(Decimal(1).scaleb(-digits), ROUND_CEILING)) + 0.0
 
 
 def rounded_down(value: float, digits: int = 4) -> float:
-    """Round downwards to so many digits behind the point, going by the double's exact value."""
-    return float(Decimal(value).quantize(Decimal(1).scaleb(-digits), ROUND_FLOOR))
+    """Round downwards to so many digits behind the point; the opposite of `rounded_up`."""
+    return -rounded_up(-value, digits) + 0.0
 
 
 def percent(confidence: float) -> str:
-    """Write a confidence without rounding it up: 95%, 99.9%.
-
-    A few units in the last place are taken for the rounding of 1 - delta.
-    """
-    return f"{rounded_down(100 * confidence * (1 + 2**-50), 10):.12g}%"
+    """Write a confidence without rounding it up: 95%, 99.9%."""
+    return f"{rounded_down(100 * confidence, 10):.12g}%"

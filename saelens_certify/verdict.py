@@ -62,8 +62,9 @@ def _decided(certificate: Certificate) -> str:
             f"ever more sequences {certificate.config.until_bound} tends to {rounded_down(stop.value, 2):.2f} or "
             "more with this pool."
         )
-    return f" Decided after {_units(certificate, stop.n)}."
+    measured = certificate.measured.n_sequences
+    return f" Decided after {stop.n} of {_units(certificate, measured)}."
 
 
 def _units(certificate: Certificate, n: int) -> str:
-    return f"{n} {'sequences' if certificate.clusters is None else 'clusters of sequences'}"
+    return f"{n} {certificate.unit}"

@@ -9,6 +9,7 @@ from plotly.subplots import make_subplots
 from saelens_certify.certificate import Certificate
 from saelens_certify.controls import first_of_each_kind
 from saelens_certify.report.terms import bound_label, control_label, term_label
+from saelens_certify.rounding import rounded_up
 
 # Measured terms in saturated colours, concentration terms in greys: what more data shrinks is grey.
 _COLOURS = {
@@ -24,7 +25,7 @@ _COLOURS = {
     "mismatch_measured": "#ccbb44",
     "t_sharp": "#8c8c8c",
 }
-_SHOWN = ("sharp_direct_base", "u_sae_occam", "u_sae", "sharp_betting")
+_SHOWN = ("sharp_direct_base", "u_sae_occam", "u_sae")
 _LINES = ("#228833", "#aa3377", "#66ccee", "#997700", "#000000")
 
 
@@ -45,7 +46,7 @@ def certificate_figure(certificate: Certificate) -> go.Figure:
     figure.update_layout(
         title=(
             f"{certificate.manifest['model']['name']}, {certificate.manifest['sae']['architecture']} SAE "
-            f"at {identity['hook_out']}, N = {certificate.measured.n_sequences:,}"
+            f"at {identity['hook_out']}, N = {certificate.measured.n_sequences:,} {certificate.unit}"
         ),
         barmode="stack",
         template="simple_white",
@@ -60,6 +61,7 @@ def certificate_figure(certificate: Certificate) -> go.Figure:
 
 def _add_bounds(figure: go.Figure, certificate: Certificate) -> None:
     bounds = [certificate.bounds[name] for name in _SHOWN if name in certificate.bounds]
+    bounds.append(certificate.headline)
     labels = [bound_label(bound.name) for bound in bounds]
     terms = dict.fromkeys(term for bound in reversed(bounds) for term in bound.terms)
     # What was measured comes first in every bar, what data are lacking last.
@@ -79,22 +81,19 @@ def _add_bounds(figure: go.Figure, certificate: Certificate) -> None:
         )
     for bound, label in zip(bounds, labels, strict=True):
         figure.add_annotation(
-            x=bound.value, y=label, text=f" {bound.value:.2f}", showarrow=False, xanchor="left",
+            x=bound.value, y=label, text=f" {rounded_up(bound.value, 2):.2f}", showarrow=False, xanchor="left",
             row=1, col=1,
         )  # fmt: skip
-    lines = {
-        f"uniform {certificate.baselines['uniform']:.2f}": certificate.baselines["uniform"],
-        f"unigram {certificate.baselines['unigram']:.2f}": certificate.baselines["unigram"],
-    }
-    for text, x in lines.items():
+    lines = certificate.baselines
+    for name, x in lines.items():
         # The left plot spans the figure's height: its lines are placed in paper coordinates.
         figure.add_shape(
             type="line", xref="x", yref="paper", x0=x, x1=x, y0=0, y1=1, opacity=1,
             line={"dash": "dash", "width": 1.5, "color": "black"},
         )  # fmt: skip
         figure.add_annotation(
-            xref="x", yref="paper", x=x, y=0.02, text=text, showarrow=False, textangle=-90,
-            xanchor="right", yanchor="bottom", font_size=12,
+            xref="x", yref="paper", x=x, y=0.02, text=f"{name} {x:.2f}", showarrow=False, textangle=-90,
+            xanchor="left" if x == max(lines.values()) else "right", yanchor="bottom", font_size=12,
         )  # fmt: skip
     largest = max([bound.value for bound in bounds] + list(lines.values()))
     figure.update_xaxes(title="bits per token", range=[0, 1.12 * largest], row=1, col=1)
@@ -103,11 +102,11 @@ def _add_bounds(figure: go.Figure, certificate: Certificate) -> None:
 def _add_gaps(figure: go.Figure, certificate: Certificate) -> None:
     base = certificate.column("loss_base")
     proxies = {"this SAE": "loss_sae"}
-    controls = first_of_each_kind(certificate.controls)
+    controls = first_of_each_kind(certificate.controls, few=1)
     proxies |= {control_label(name): f"loss_{name}" for name in controls}
-    share = np.arange(1, len(base) + 1) / len(base)
     for (label, column), colour in zip(proxies.items(), _LINES * len(proxies), strict=False):
         gaps = np.sort(np.abs(base - certificate.column(column)))
+        gaps, share = np.append(0.0, gaps), np.arange(len(gaps) + 1) / len(gaps)
         figure.add_trace(
             go.Scatter(
                 x=gaps, y=share, name=label, mode="lines", line_color=colour, legend="legend2"
@@ -115,5 +114,7 @@ def _add_gaps(figure: go.Figure, certificate: Certificate) -> None:
             row=1,
             col=2,
         )
-    figure.update_xaxes(title="|loss of M − loss of proxy|, bits per token", row=1, col=2)
+    figure.update_xaxes(
+        title="|loss of M − loss of proxy|, bits per token", rangemode="tozero", row=1, col=2
+    )
     figure.update_yaxes(title="share of sequences", range=[0, 1], row=1, col=2)

@@ -14,7 +14,7 @@ from saelens_certify.controls import BEYOND, first_of_each_kind
 from saelens_certify.report.terms import CONTROLS, bound_label, control_label, term_label
 from saelens_certify.rounding import percent, rounded_down, rounded_up
 
-_SUMS = ("sharp_betting", "u_sae", "u_sae_occam")
+_SUMS = ("u_sae", "u_sae_occam")
 _EXCESS = (
     "sharp_unigram",
     "excess_sae",
@@ -72,9 +72,10 @@ def _measured(certificate: Certificate) -> Table:
         ("model", str(certificate.manifest["model"]["name"]), ""),
         ("SAE", _sae_name(certificate), ""),
         ("calibration", f"{data['calibration']['n_sequences']:,}", "sequences"),
-        ("evaluation (N)", f"{measured.n_sequences:,}", "sequences"),
+        ("evaluation (N)", f"{measured.n_sequences:,}", certificate.unit),
         ("pool G (P of m features)", f"{pool.size:,} of {certificate.dict_size:,}", f"{share:.1%}"),
         ("  left out", _left_out(data), ""),
+        ("near duplicates", _repeats(certificate), ""),
         ("smoothed risk of M", f"{measured.risk_base:.4f}", "bits/token"),
         ("smoothed risk of S∘M", f"{measured.risk_sae:.4f}", "bits/token"),
         ("smoothed proxy risk: h_G", f"{measured.risk_pool:.4f}", "bits/token"),
@@ -92,7 +93,8 @@ def _measured(certificate: Certificate) -> Table:
 
 
 def _terms(certificate: Certificate) -> Table:
-    shown = [certificate.bounds[name] for name in _SUMS if name in certificate.bounds]
+    shown = [certificate.headline]
+    shown += [certificate.bounds[name] for name in _SUMS if name in certificate.bounds]
     names = list(dict.fromkeys(term for bound in shown for term in bound.terms))
     table = plain_table("What the certificate adds up [bits/token]", "term", *map(_label, shown))
     for name in names:
@@ -204,6 +206,17 @@ def plain_table(title: str, first: str, *columns: str) -> Table:
 
 def _label(bound: Bound) -> str:
     return bound_label(bound.name)
+
+
+def _repeats(certificate: Certificate) -> str:
+    """What evaluation repeats, in itself and of calibration."""
+    found = certificate.manifest["dependence"]
+    if not found["looked_for"]:
+        return "not looked for"
+    return (
+        f"{certificate.evidence.num_rows - certificate.measured.n_sequences:,} of each other, "
+        f"{found['of_calibration']['n_repeated']:,} of calibration"
+    )
 
 
 def _left_out(data: dict[str, Any]) -> str:

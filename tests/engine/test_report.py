@@ -46,11 +46,11 @@ def test_bars_add_up_to_the_bounds(certificate) -> None:
     assert lines == sorted(certificate.baselines.values())
     curves = [trace for trace in figure.data if trace.type == "scatter"]
     assert [curve.name for curve in curves] == [
-        "this SAE", "shuffled features (0)", "shuffled features (1)",
-        "random decoder (0)",
+        "this SAE", "shuffled features (0)", "random decoder (0)",
     ]  # fmt: skip
     gaps = np.abs(certificate.column("loss_base") - certificate.column("loss_sae"))
-    np.testing.assert_array_equal(curves[0].x, np.sort(gaps))
+    np.testing.assert_array_equal(curves[0].x, [0.0, *np.sort(gaps)])
+    np.testing.assert_allclose(curves[0].y, np.arange(len(gaps) + 1) / len(gaps))
 
 
 def test_table_shows_every_bound_and_term(certificate) -> None:

@@ -37,6 +37,8 @@ from saelens_certify.evidence import (
     load_calibration,
 )
 from saelens_certify.integrations.sae_bench import check_certificate
+from saelens_certify.report import certificate_figure
+from saelens_certify.report.terms import bound_label
 
 N = 90
 QUIET = CertifyConfig(progress=False)
@@ -99,7 +101,9 @@ def test_only_time_uniform_bounds_are_issued(stopped, whole) -> None:
         assert not any("fixed before looking at their" in text for text in bound.assumptions)
         assert any("Time-uniform" in text for text in bound.assumptions)
     assert "u_sae" not in certificate.to_metrics()["faithfulness_certificate"]
-    assert certificate.verdict().endswith(f"Decided after {certificate.stop.n} sequences.")  # pyright: ignore[reportOptionalMemberAccess]
+    assert certificate.stop is not None
+    n = certificate.evidence.num_rows
+    assert certificate.verdict().endswith(f"Decided after {certificate.stop.n} of {n} sequences.")
     check_certificate(json.loads((stopped / CERTIFICATE).read_text()))
 
 
@@ -372,7 +376,7 @@ def test_a_family_is_not_left_by_comparing_its_best(documents) -> None:
 def test_settings_that_no_bound_can_have_are_refused_at_once() -> None:
     for wrong in (
         {"simultaneous": 10**400}, {"simultaneous": 10**20}, {"simultaneous": 0},
-        {"alpha": 1e-300}, {"delta": 5e-324, "simultaneous": 3}, {"until_bound": "sharp_measured"},
+        {"alpha": 1e-300}, {"delta": 5e-324, "simultaneous": 3}, {"until_bound": "u_sae"},
     ):  # fmt: skip
         with pytest.raises(CertifyError):
             CertifyConfig(**wrong)  # pyright: ignore[reportArgumentType]
@@ -384,3 +388,49 @@ def test_controls_without_a_test_are_told_about(documents) -> None:
             demo.load_model(), demo.load_sae(demo.DEFAULT_SAE), **documents,
             config=dataclasses.replace(QUIET, permutations=1), until="nonvacuous",
         )  # fmt: skip
+
+
+def test_everything_follows_the_bound_of_the_verdict(documents) -> None:
+    certificate = certify(
+        demo.load_model(), demo.load_sae(demo.DEFAULT_SAE), **documents,
+        config=dataclasses.replace(QUIET, until_bound="sharp_measured", tau=30), until=9.0,
+    )  # fmt: skip
+    assert certificate.headline.name == "sharp_measured"
+    _, values = certificate.sequence()
+    assert values[-1] == certificate.headline.value
+    plan = certificate.plan()
+    assert (plan.bound, plan.target) == ("sharp_measured", 9.0)
+    found = compare({"only": certificate})
+    assert found.members["only"].bound.name == "sharp_measured"
+    figure: Any = certificate_figure(certificate)
+    assert any(bound_label("sharp_measured") in (trace.y or ()) for trace in figure.data)
+
+
+def test_certificates_of_different_losses_are_not_compared(whole, documents) -> None:
+    other = certify(
+        demo.load_model(), demo.load_sae(demo.DEFAULT_SAE), **documents,
+        config=dataclasses.replace(QUIET, alpha=0.9),
+    )  # fmt: skip
+    with pytest.raises(CertifyError, match="alpha"):
+        compare({"a": whole, "b": other})
+    fewer = {**documents, "evaluation": documents["evaluation"].take(40)}
+    other = certify(demo.load_model(), demo.load_sae(demo.DEFAULT_SAE), **fewer, config=QUIET)
+    with pytest.warns(UserWarning, match="documents"):
+        compare({"a": whole, "b": other})
+    with pytest.raises(CertifyError, match="by name"):
+        compare({"a": "folder"})  # pyright: ignore[reportArgumentType]
+
+
+def test_copies_of_calibration_are_told_about() -> None:
+    calibration = make_tokens(30, seed=1)
+    copies = calibration[:20].clone()
+    copies[:, 4] = (copies[:, 4] + 1) % 90 + 5
+    evaluation = torch.cat([copies, make_tokens(20, seed=2)])
+    with pytest.warns(UserWarning, match="near duplicates of calibration"):
+        certificate = certify(
+            hooked_transformer(), make_sae(), calibration=calibration, evaluation=evaluation,
+            config=CertifyConfig(seq_len=SEQ_LEN, progress=False),
+        )  # fmt: skip
+    bound = certificate.headline
+    assert any("near duplicates of calibration" in text for text in bound.assumptions)
+    assert repr(certificate) == f"<Certificate: {certificate.verdict()}>"
