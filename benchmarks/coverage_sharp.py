@@ -175,7 +175,7 @@ def one_bound(law: Law, name: str, time_uniform: bool, trials: int, scale: float
     return wrong / trials
 
 
-def stopped(law: Law, trials: int, fixed: bool = False) -> float:
+def stopped(law: Law, trials: int, fixed: bool = False, longest: int = LONGEST) -> float:
     """Share of trials in which a run that stops as soon as it is below the risk of M ever stops.
 
     The hardest rule there is: whenever it stops, the bound is wrong.
@@ -184,17 +184,18 @@ def stopped(law: Law, trials: int, fixed: bool = False) -> float:
         law: The evidence.
         trials: Number of trials.
         fixed: Whether to look with the bound for one number of sequences, which does not survive it.
+        longest: Most sequences.
     """
     rng, wrong, target = _rng("stopped"), 0, law.base - 1e-6
     for _ in range(trials):
-        evidence = losses(law, rng, LONGEST)
+        evidence = losses(law, rng, longest)
         if not fixed:
             wrong += bounds.first_stop(evidence, target, DELTA) is not None
             continue
         x = evidence.joint()
         wrong += any(
             bounds.betting_upper(x.samples[:n], x.low, x.high, DELTA) <= target
-            for n in looks(LONGEST).tolist()
+            for n in looks(longest).tolist()
         )
     return wrong / trials
 
