@@ -45,7 +45,12 @@ class SelfLoading:
         return cls(cls.config_class.from_dict(config_dict))  # pyright: ignore[reportCallIssue]
 
     def fold_W_dec_norm(self) -> None:  # noqa: N802 (SAELens's name)
-        """Refuse: rescaling features changes which of them are selected."""
-        raise NotImplementedError(  # what SAELens raises where it refuses the same
-            f"folding decoder norms would change which features {type(self).__name__} selects"
+        """Refuse: rescaling features changes which of them are selected.
+
+        Raises:
+            NotImplementedError: Always, as SAELens's TopK, temporal and matching-pursuit classes do.
+        """
+        raise NotImplementedError(  # a refusal, not a gap: callers of SAELens's classes catch this type
+            f"folding decoder norms would change which features {type(self).__name__} selects; use the SAE "
+            "as it is"
         )
