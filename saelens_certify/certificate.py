@@ -103,15 +103,13 @@ class Certificate:
         return tuple(name or own for name, own in zip(names, ids, strict=True))
 
     @cached_property
-    def _terms(self) -> dict[str, NDArray[Any]]:
-        names = ("loss_base", "loss_sae", "loss_pool", "violation")
-        return {name: self.column(name) for name in names}
-
-    @cached_property
     def losses(self) -> Losses:
         """The losses of all evaluation sequences, checked."""
         return Losses.check(
-            **self._terms,
+            loss_base=self.column("loss_base"),
+            loss_sae=self.column("loss_sae"),
+            loss_pool=self.column("loss_pool"),
+            violation=self.column("violation"),
             vocab_size=self.vocab_size,
             alpha=self.config.alpha,
             clusters=self.clusters,
@@ -121,10 +119,7 @@ class Certificate:
     @cached_property
     def measured(self) -> Measured:
         """The measured terms, each rounded up."""
-        return Measured.from_sequences(
-            **self._terms,
-            clusters=self.clusters,
-        )
+        return self.losses.measured
 
     @cached_property
     def bounds(self) -> dict[str, Bound]:
