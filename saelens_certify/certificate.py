@@ -338,7 +338,7 @@ class Certificate:
 
     @cached_property
     def shuffle_tests(self) -> dict[str, ShuffleTest]:
-        """The SAE against its controls, by kind: permuted, matched, random_decoder."""
+        """The SAE against its controls, by kind: permuted, matched, random_decoder, random_unit_decoder."""
         return shuffle_tests(self)
 
     def mean(self, name: str) -> float:

@@ -16,13 +16,14 @@ from saelens_certify.frequency import frequency_groups, n_movable
 if TYPE_CHECKING:
     from saelens_certify.certificate import Certificate
 
-CONTROL = re.compile(r"(permuted|matched|random_decoder)_(\d+)")
+CONTROL = re.compile(r"(permuted|matched|random_decoder|random_unit_decoder)_(\d+)")
 """Name of a control: its kind and its number."""
 
 BEYOND = {
     "permuted": "alignment",
     "matched": "alignment beyond frequency",
     "random_decoder": "alignment beyond norm",
+    "random_unit_decoder": "alignment, or norms",
 }
 """What a small p-value of each kind of control says that the real SAE has."""
 
@@ -39,6 +40,10 @@ _NULLS = {
     "random_decoder": (
         "The decoder's directions say nothing: independent, each equally likely to be any direction, given the "
         "norm of each row."
+    ),
+    "random_unit_decoder": (
+        "Neither the decoder's directions nor the norms of its rows say anything: independent rows of norm 1, each "
+        "equally likely to be any direction."
     ),
 }
 
@@ -81,7 +86,7 @@ def shuffle_tests(certificate: Certificate) -> dict[str, ShuffleTest]:
     """Compare the SAE with the controls of each kind that was measured.
 
     Returns:
-        By kind: ``permuted``, ``matched``, ``random_decoder``. Empty also if the SAE's own losses decided
+        By kind, in the order of `BEYOND`. Empty also if the SAE's own losses decided
         how many sequences were measured (``until``): its copies did not, so they are not exchangeable.
     """
     if certificate.time_uniform:

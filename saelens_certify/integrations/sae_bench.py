@@ -65,7 +65,7 @@ _Settings: type[BaseModel] = create_model(
 
 
 class _Numbers(BaseModel):
-    """Flat numbers; controls (permuted_i, matched_i, random_decoder_i) have more where measured."""
+    """Flat numbers; controls (permuted_i, matched_i, random_decoder_i, random_unit_decoder_i) have more where measured."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     __pydantic_extra__: dict[str, _Finite] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -33,6 +33,7 @@ _COPIES = {
         "copies in which features are shuffled within deciles of activation frequency",
     ),
     "random_decoder": ("random decoders", "random decoders with the same norms"),
+    "random_unit_decoder": ("random unit decoders", "random decoders whose rows have norm 1"),
 }
 
 SHUFFLE_METRICS: dict[str, tuple[str, str]] = {

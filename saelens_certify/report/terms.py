@@ -42,6 +42,7 @@ CONTROLS = {
     "permuted": "shuffled features",
     "matched": "shuffled within frequency",
     "random_decoder": "random decoder",
+    "random_unit_decoder": "random unit decoder",
 }
 
 
