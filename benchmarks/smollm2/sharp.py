@@ -17,6 +17,7 @@ from benchmarks.smollm2.model import load_smollm2
 from benchmarks.smollm2.text import Split, sequences
 from benchmarks.smollm2.train_saes import HOOKS, LENGTH, trained_saes
 from saelens_certify import Certificate, bounds
+from saelens_certify.bounds import Crossing
 
 FULL: dict[Split, int] = {"calibration": 1000, "evaluation": 1200}
 SMALL_POOL = 40  # calibration sequences
@@ -53,26 +54,29 @@ def against_published(certificate: Certificate) -> dict[str, float]:
         log2 V. NaN where that never happens.
     """
     losses, total = certificate.losses, certificate.measured.n_sequences
-    published = certificate.bounds["u_sae"].value
-    baseline = losses.baseline
+    published, delta = certificate.bounds["u_sae"].value, certificate.config.delta
     steps = np.arange(1, total + 1)
-    u_sae = np.array([_u_sae(certificate, n) for n in steps.tolist()])
-    x = losses.joint()
-
-    def first_fixed(limit: float) -> float:
-        delta = certificate.config.delta
-        values = (bounds.betting_upper(x.samples[:n], x.low, x.high, delta) for n in steps.tolist())
-        return next((float(n) for n, v in zip(steps, values, strict=False) if v < limit), np.nan)
-
+    u_sae = bounds.Growth.of(losses, steps).bounds(
+        ["u_sae"],
+        vocab_size=certificate.vocab_size,
+        dict_size=certificate.dict_size,
+        pool_size=certificate.pool.size,
+        alpha=certificate.config.alpha,
+        delta=delta,
+    )["u_sae"]
     any_time = certificate.sequence("sharp_betting", steps)[1]
+
+    def sharp(limit: float) -> Crossing | None:
+        return bounds.first_fixed("sharp_betting", losses, delta, steps, limit=limit)
+
     return {
         "published": published,
         "n_published": float(total),
-        "n_sharp": first_fixed(published),
-        "n_sharp_any_time": _first(any_time < published),
-        "first_published": _first(u_sae < baseline),
-        "first_sharp": first_fixed(baseline),
-        "first_sharp_any_time": _first(any_time < baseline),
+        "n_sharp": _number(sharp(published)),
+        "n_sharp_any_time": _number(bounds.first_below(steps, any_time, published)),
+        "first_published": _number(bounds.first_below(steps, u_sae, losses.baseline)),
+        "first_sharp": _number(sharp(losses.baseline)),
+        "first_sharp_any_time": _number(bounds.first_below(steps, any_time, losses.baseline)),
     }
 
 
@@ -108,31 +112,16 @@ def small_pool(
         "sharp_betting": certificate.bounds["sharp_betting"].value,
         "sharp_betting_floor_at_least": float(lower[-1]),
         "sharp_measured": certificate.bounds["sharp_measured"].value,
-        "first_sharp_measured_any_time": _first(
-            certificate.sequence("sharp_measured", np.arange(1, measured.n_sequences + 1))[1]
-            < certificate.losses.baseline
+        "first_sharp_measured_any_time": _number(
+            bounds.first_any_time(
+                "sharp_measured",
+                certificate.losses,
+                certificate.config.delta,
+                np.arange(1, measured.n_sequences + 1),
+            )
         ),
     }
 
 
-def _u_sae(certificate: Certificate, n: int) -> float:
-    """U_SAE after the first n sequences."""
-    losses = certificate.losses
-    first = dataclasses.replace(
-        losses,
-        **{name: getattr(losses, name)[:n] for name in ("base", "sae", "pool", "violation")},
-        clusters=None if losses.clusters is None else losses.clusters[:n],
-        unigram=None,
-    )
-    return bounds.certificates(
-        first.measured,
-        vocab_size=certificate.vocab_size,
-        dict_size=certificate.dict_size,
-        pool_size=certificate.pool.size,
-        alpha=certificate.config.alpha,
-        delta=certificate.config.delta,
-    )["u_sae"].value
-
-
-def _first(reached: np.ndarray) -> float:
-    return float(np.argmax(reached) + 1) if reached.any() else float("nan")
+def _number(crossing: Crossing | None) -> float:
+    return float("nan") if crossing is None else float(crossing.n)

@@ -8,7 +8,8 @@ Pure arithmetic and statistics on NumPy arrays: this folder knows neither torch 
   ``statements``: bounds as typed statements.
 - ``joint``: the variable whose mean bounds the risk of M. ``sharp``: the bounds that test it, ``significance``
   p-values, ``stopping`` when a run is decided, ``thresholds`` the pool's threshold chosen after looking.
-- ``hoeffding``: the inequality behind all of the above. ``profile``: a bound as a function of N.
+- ``hoeffding``: the inequality behind all of the above. ``profile``: a bound as a function of N. ``growth``: all
+  bounds as functions of N from the evidence of one run, and the first N at which they say something.
 - ``betting``, ``concentration``, ``sequences``: upper confidence bounds of any bounded mean, for one number
   of samples or for all at once. ``wealth``: the mechanism of betting. ``samples``, ``times``: what they take.
 - ``baselines``: the unigram model's risk, and whether it is beaten. ``kept``: the share of information kept.
@@ -24,6 +25,15 @@ from saelens_certify.bounds.betting import betting_sequence, betting_upper
 from saelens_certify.bounds.clusters import cluster_means, cluster_order
 from saelens_certify.bounds.complexity import log_binom
 from saelens_certify.bounds.concentration import bernstein_upper, hoeffding_upper
+from saelens_certify.bounds.growth import (
+    Crossing,
+    Growth,
+    first_any_time,
+    first_below,
+    first_fixed,
+    sharp_floor,
+    sharp_growth,
+)
 from saelens_certify.bounds.joint import Losses
 from saelens_certify.bounds.kept import Kept, information_kept
 from saelens_certify.bounds.loss import loss_cap, loss_range, uniform_baseline
@@ -49,6 +59,8 @@ from saelens_certify.bounds.times import log_times
 __all__ = [
     "SHARP",
     "Bound",
+    "Crossing",
+    "Growth",
     "Kept",
     "Losses",
     "Measured",
@@ -68,6 +80,9 @@ __all__ = [
     "cluster_means",
     "cluster_order",
     "doubling_thresholds",
+    "first_any_time",
+    "first_below",
+    "first_fixed",
     "first_stop",
     "floor_sequence",
     "hoeffding_sequence",
@@ -90,6 +105,8 @@ __all__ = [
     "risk_limit",
     "sequences_needed",
     "sharp_certificates",
+    "sharp_floor",
+    "sharp_growth",
     "sharp_sequence",
     "sharp_value",
     "shuffle_test",

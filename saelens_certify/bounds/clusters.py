@@ -59,14 +59,7 @@ def cluster_means(
     codes = cluster_codes(clusters)
     found = per_sequence("values", values)
     seen = _seen(found.size, codes.size, complete)
-    apart = np.flatnonzero(np.diff(codes) < 0)
-    if apart.size:
-        row = int(apart[0]) + 1
-        raise CertifyError(
-            f"the cluster of sequence {row} has another cluster between its members. Sort values and clusters "
-            "by cluster_order(clusters, sequences): in the order of the hashes, large clusters end "
-            "late, and the means are not draws from one distribution."
-        )
+    check_together(codes)
     ends = np.cumsum(np.bincount(codes))
     ends = ends[ends <= seen]
     starts = np.concatenate([[0], ends[:-1]]) if ends.size else ends
@@ -108,6 +101,25 @@ def cluster_order(clusters: Labels, sequences: Sequence[str]) -> NDArray[np.int6
         for label, name, single in zip(labels, sequences, alone.tolist(), strict=True)
     ]
     return np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
+
+
+def check_together(codes: NDArray[np.int64]) -> None:
+    """Check that the members of each cluster stand next to each other.
+
+    Args:
+        codes: From :func:`cluster_codes`.
+
+    Raises:
+        CertifyError: If another cluster stands between them.
+    """
+    apart = np.flatnonzero(np.diff(codes) < 0)
+    if apart.size:
+        row = int(apart[0]) + 1
+        raise CertifyError(
+            f"the cluster of sequence {row} has another cluster between its members. Sort values and clusters "
+            "by cluster_order(clusters, sequences): in the order of the hashes, large clusters end "
+            "late, and the means are not draws from one distribution."
+        )
 
 
 def cluster_codes(clusters: Labels) -> NDArray[np.int64]:

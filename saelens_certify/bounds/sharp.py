@@ -138,11 +138,28 @@ def sharp_value(
             sequence = _SEQUENCE[sharp.method]
             when = looks(len(of.samples))
             return float(sequence(of.samples, of.low, of.high, level, when, complexity=nats)[-1])
-        return _UPPER[sharp.method](of.samples, of.low, of.high, level, complexity=nats)
+        return fixed_bound(sharp, of, delta, complexity)
 
     value = bound(samples)
     lower = None if sharp.lower is None else -bound(sharp.lower(losses))
     return SharpValue(value, lower, _terms(sharp, losses, samples, value))
+
+
+def fixed_bound(
+    sharp: Sharp, x: Interval, delta: float, complexity: float, n: int | None = None
+) -> float:
+    """The upper bound of a sharp statement from the first n values of its variable, for n fixed in advance.
+
+    Args:
+        sharp: An entry of `SHARP`.
+        x: Its variable, or that of the other end of a two-sided statement.
+        delta: Failure probability of the statement.
+        complexity: As for :func:`sharp_value`.
+        n: How many values; None: all.
+    """
+    nats = complexity if sharp.occam else 0.0
+    level = delta / sharp.shares
+    return _UPPER[sharp.method](x.samples[:n], x.low, x.high, level, complexity=nats)
 
 
 def sharp_sequence(
