@@ -21,10 +21,11 @@ from benchmarks.reference_protocol import (
 from benchmarks.session import Session
 from saelens_certify.config import CertifyConfig
 from saelens_certify.forward import ForwardEngine, choose_strategy
-from saelens_certify.measure import Columns, Subject, calibrate, measure
+from saelens_certify.measure import Columns, calibrate, measure
 from saelens_certify.pool import Calibration, Pool
 from saelens_certify.proxies import variants_of
 from saelens_certify.saes import Coding, SAEAdapter, adapt
+from saelens_certify.subject import Reader, Subject
 
 K = 64
 RATIO_OF_TOKENS = 7
@@ -144,14 +145,14 @@ def _pool(bench: Bench, layer: int, tokens: Tensor) -> Pool:
 def run_ours(bench: Bench, task: Task) -> dict[int, tuple[Tensor, Columns]]:
     """Calibrate and measure; counts and columns by layer."""
     config = settings()
-    adapters = {str(layer): bench.adapter(layer) for layer in task.pools}
-    calibrated = calibrate(bench.engine, adapters, task.calibration, config)
+    readers = {str(layer): Reader(bench.adapter(layer), config) for layer in task.pools}
+    calibrated = calibrate(bench.engine, readers, task.calibration, config)
     subjects = {
-        name: subject_of(adapter, calibrated[name], task.pools[int(name)], config)
-        for name, adapter in adapters.items()
+        name: subject_of(reader.adapter, calibrated[name], task.pools[int(name)], config)
+        for name, reader in readers.items()
     }
     measured = measure(bench.engine, subjects, task.evaluation, config)
-    return {int(name): (calibrated[name].counts, measured[name]) for name in adapters}
+    return {int(name): (calibrated[name].counts, measured[name]) for name in readers}
 
 
 def subject_of(
@@ -160,6 +161,7 @@ def subject_of(
     """What is measured of one SAE."""
     return Subject(
         adapter=adapter,
+        config=config,
         pool=pool,
         variants=variants_of(adapter, config),
         mean_activations=calibrated.mean_activations(),

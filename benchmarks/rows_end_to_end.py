@@ -38,6 +38,7 @@ from benchmarks.smollm2.sharp import smollm2_sequences
 from benchmarks.timing import Contender
 from saelens_certify.measure import Columns, calibrate, measure
 from saelens_certify.proxies import feature_permutation
+from saelens_certify.subject import Reader
 
 _MEMORY_TOKENS = 8192
 _ROUNDS = 2
@@ -204,7 +205,9 @@ def _permutations(
     evaluation, pool = task.evaluation, task.pools[layer]
     sae, adapter = bench.sae(layer), bench.adapter(layer)
     config = settings() if errors_only else settings(permutations=n)
-    calibrated = calibrate(bench.engine, {"sae": adapter}, evaluation, config)["sae"]
+    calibrated = calibrate(bench.engine, {"sae": Reader(adapter, config)}, evaluation, config)[
+        "sae"
+    ]
     permutations = torch.stack(
         [feature_permutation(adapter.d_sae, config.seed, r) for r in range(n)]
     )
@@ -264,7 +267,7 @@ def _memory(session: Session, shape: ModelShape) -> Measured:
     gc.collect()
 
     def work() -> Columns:
-        found = calibrate(bench.engine, {"sae": adapter}, sequences, config)["sae"]
+        found = calibrate(bench.engine, {"sae": Reader(adapter, config)}, sequences, config)["sae"]
         subject = subject_of(adapter, found, found.pool(1), config)
         return measure(bench.engine, {"sae": subject}, sequences, config)["sae"]
 

@@ -3,41 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from tqdm.auto import tqdm
 
 from saelens_certify.certificate import Certificate
 from saelens_certify.config import CertifyConfig
-from saelens_certify.data import Sequences, as_sequences, check_disjoint
-from saelens_certify.data.stores import is_store
+from saelens_certify.data import Sequences, check_disjoint
 from saelens_certify.dependence import Draws, independent_draws
 from saelens_certify.evidence import EVIDENCE, RunFolder, reading, to_table
-from saelens_certify.forward import ForwardEngine, choose_strategy
+from saelens_certify.forward import ForwardEngine
 from saelens_certify.manifest import Manifest, build_manifest
-from saelens_certify.measure import Subject, calibrate, measure
+from saelens_certify.outputs import Columns
+from saelens_certify.passes import calibration_pass, empty_calibrations, evaluation_pass
 from saelens_certify.pool import Calibration
-from saelens_certify.positions import special_token_ids
-from saelens_certify.preflight import (
-    check_bare,
-    check_order,
-    check_pair,
-    check_settings,
-    check_width,
-    warn_about_bos,
-    warn_about_training_positions,
-)
-from saelens_certify.proxies import check_controls, variants_of
-from saelens_certify.saes import SAEAdapter, adapt
-from saelens_certify.saes.loading import open_sae
-from saelens_certify.saes.selfcheck import self_check
+from saelens_certify.preflight import warn_about_bos
+from saelens_certify.preparation import PROBE_SEQUENCES, prepare, sequences_for, try_out
+from saelens_certify.saes import SAEAdapter
 from saelens_certify.schedule import looked_at, part_slices
 from saelens_certify.sealing import check_seal, join_parts
-from saelens_certify.store_draws import resolve_stores, sequences_of_store
+from saelens_certify.store_draws import resolve_stores
+from saelens_certify.subject import Reader, Subject
 
-_PROBE_SEQUENCES = 4
 _NAME = "sae"
 
 
@@ -86,79 +75,56 @@ def certify(
     config = CertifyConfig.check(config)
     if until is not None:
         config = dataclasses.replace(config, until=until)
-    loaded = open_sae(sae)
-    sae = loaded.sae
-    adapter = adapt(sae)
     engine = ForwardEngine(model)
-    check_settings(model, config)
-    check_bare(model, sae)
-    check_pair(model, sae)
-    check_controls(adapter, config)
-    calibration, evaluation = resolve_stores(model, calibration, evaluation, config)
-    documents = {
-        name: sequences_for(model, data, config).canonical()
-        for name, data in (("calibration", calibration), ("evaluation", evaluation))
-    }
-    check_disjoint(documents["calibration"], documents["evaluation"])
-    draws = independent_draws(documents["calibration"], documents["evaluation"], config)
-    warn_about_training_positions(sae.cfg.metadata)
-    for name, sequences in documents.items():
-        warn_about_bos(model, sequences, name)
-
-    probe = documents["calibration"].tokens[:_PROBE_SEQUENCES]
-    activations = engine.capture(probe, {adapter.input_hook, adapter.output_hook})
-    check_order(adapter, activations)
-    check_width(adapter, activations)
-    checked = self_check(sae, adapter, activations[adapter.input_hook])
-    engine = ForwardEngine(model, choose_strategy(model, probe, adapter.output_hook))
+    prepared = prepare(model, sae, [config])
+    documents = read_sides(model, calibration, evaluation, config)
+    draws = independent_draws(*documents, config)
+    probe = documents[0].tokens[:PROBE_SEQUENCES]
+    engine, checks = try_out(engine, {_NAME: prepared}, probe, [config])
     manifest = build_manifest(
         engine=engine,
-        sae=sae,
-        adapter=adapter,
-        calibration=documents["calibration"],
+        sae=prepared.loaded.sae,
+        adapter=prepared.adapter,
+        calibration=documents[0],
         evaluation=draws.sequences,
         dependence=draws.found,
         config=config,
-        self_check=dataclasses.asdict(checked),
-        sae_id=sae_id or loaded.name,
-        origin=loaded.origin(),
+        self_check=checks[_NAME],
+        sae_id=sae_id or prepared.loaded.name,
+        origin=prepared.loaded.origin(),
     )
     folder = None
     if output is not None:
         folder, manifest = RunFolder.open(output, manifest)
         check_seal(folder)
-    calibrated = _calibrate(engine, adapter, documents["calibration"], config, folder)
-    certificate = _evaluate(engine, adapter, manifest, calibrated, draws, config, folder)
+    calibrated = _calibrate(engine, prepared.adapter, documents[0], config, folder)
+    certificate = _evaluate(engine, prepared.adapter, manifest, calibrated, draws, config, folder)
     if folder is not None:
         with reading(folder.path):
             certificate.seal(folder)
     return certificate
 
 
-def sequences_for(model: Any, data: Any, config: CertifyConfig, **options: Any) -> Sequences:
-    """Cut documents to sequences by the model's conventions.
+def read_sides(
+    model: Any, calibration: Any, evaluation: Any, config: CertifyConfig
+) -> tuple[Sequences, Sequences]:
+    """Cut calibration and evaluation documents to sequences, in the order of their hashes.
 
     Args:
-        model: The model: its tokenizer, vocabulary and BOS convention are used.
-        data: Anything `as_sequences` accepts. A SAELens ActivationsStore keeps its own ``prepend_bos``,
-            and with ``limit`` gives a random sample (see `sequences_of_store`).
-        config: Settings (``seq_len``, ``progress``).
-        **options: Further arguments of `as_sequences` (``split``, ``revision``, ``limit``, …).
+        model: The model.
+        calibration: Anything `certify` takes.
+        evaluation: Anything `certify` takes.
+        config: Settings.
 
-    Returns:
-        The sequences, in the order of the data.
+    Raises:
+        CertifyError: If they cannot be read, or share a document.
     """
-    if is_store(data):
-        return sequences_of_store(data, config, model=model, **options)
-    return as_sequences(
-        data,
-        seq_len=config.seq_len,
-        d_vocab=int(model.cfg.d_vocab),
-        tokenizer=getattr(model, "tokenizer", None),
-        prepend_bos=getattr(model.cfg, "default_prepend_bos", None),
-        progress=config.progress,
-        **options,
-    )
+    sides = resolve_stores(model, calibration, evaluation, config)
+    found = [sequences_for(model, data, config).canonical() for data in sides]
+    check_disjoint(*found)
+    for name, sequences in zip(("calibration", "evaluation"), found, strict=True):
+        warn_about_bos(model, sequences, name)
+    return found[0], found[1]
 
 
 def _calibrate(
@@ -169,22 +135,21 @@ def _calibrate(
     folder: RunFolder | None,
 ) -> Calibration:
     """Calibrate part by part, going on after what the folder already has."""
-    total = None if folder is None else folder.load_calibration()
-    empty = Calibration.empty(adapter.d_sae, engine.d_vocab, adapter.d_out)
-    if total is None:
-        total = empty
-    elif folder is not None:
-        total.check_resumable(empty, len(sequences), sequences.seq_len, str(folder.path))
-    special = special_token_ids(engine.model)
-    with _progress("calibration", sequences, total.n_sequences, config) as bar:
-        for start in range(total.n_sequences, len(sequences), config.part_sequences):
-            tokens = sequences.tokens[start : start + config.part_sequences]
-            total = total + calibrate(engine, {_NAME: adapter}, tokens, config, special)[_NAME]
-            if folder is not None:
-                folder.save_calibration(total)
-            bar.update(tokens.numel())
-    total.pool(config.tau)  # an empty pool is an error now, not after the evaluation
-    return total
+    readers = {_NAME: Reader(adapter, config)}
+    so_far = empty_calibrations(engine, readers)
+    found = None if folder is None else folder.load_calibration()
+    if folder is not None and found is not None:
+        found.check_resumable(so_far[_NAME], len(sequences), sequences.seq_len, str(folder.path))
+        so_far = {_NAME: found}
+
+    def keep(_: int, total: Mapping[str, Calibration]) -> None:
+        if folder is not None:
+            folder.save_calibration(total[_NAME])
+
+    done = so_far[_NAME].n_sequences
+    return calibration_pass(
+        engine, readers, sequences, config, done=done, so_far=so_far, keep=keep
+    )[_NAME]
 
 
 def _evaluate(
@@ -197,50 +162,35 @@ def _evaluate(
     folder: RunFolder | None,
 ) -> Certificate:
     """Measure part by part, skipping the parts that the folder already has, until the run is decided."""
-    subject = Subject(
-        adapter=adapter,
-        pool=calibration.pool(config.tau),
-        variants=variants_of(adapter, config, calibration.counts),
-        mean_activations=calibration.mean_activations(),
-        unigram_bits=calibration.unigram_bits(config.alpha),
-        counts=calibration.counts,
-    )
-    special = special_token_ids(engine.model)
-    where = Path(EVIDENCE) if folder is None else folder.path / EVIDENCE
-    tables: list[pa.Table] = []
+    subject = Subject.of(adapter, calibration, config)  # an empty pool is an error now, not later
     sequences, clusters = draws.sequences, draws.clusters
     parts = part_slices(config, clusters or [None] * len(sequences))
-    looks = looked_at(parts)
-    with _progress("evaluation", sequences, 0, config) as bar:
-        for index, part in enumerate(parts):
-            tokens, ids = sequences.tokens[part], sequences.hashes[part]
-            table = None if folder is None else folder.read_part(index, ids)
-            if table is None:
-                columns = measure(engine, {_NAME: subject}, tokens, config, special)[_NAME]
-                table = to_table(
-                    ids,
-                    sequences.document_ids[part],
-                    columns,
-                    None if clusters is None else clusters[part],
-                    None if draws.sizes is None else draws.sizes[part],
-                )
-                if folder is not None:
-                    folder.write_part(index, table)
-            tables.append(table)
-            bar.update(tokens.numel())
-            if config.until is not None and looks[index]:
-                so_far = Certificate(manifest, calibration, pa.concat_tables(tables))
-                if so_far.stop is not None:
-                    break
-    return Certificate(manifest, calibration, join_parts(tables, where))
 
+    def kept(index: int) -> pa.Table | None:
+        return None if folder is None else folder.read_part(index, sequences.hashes[parts[index]])
 
-def _progress(what: str, sequences: Sequences, done: int, config: CertifyConfig) -> tqdm:
-    return tqdm(
-        total=sequences.tokens.numel(),
-        initial=done * sequences.seq_len,
-        desc=what,
-        unit="tok",
-        unit_scale=True,
-        disable=not config.progress,
+    def made(index: int, columns: dict[str, Columns]) -> pa.Table:
+        part = parts[index]
+        table = to_table(
+            sequences.hashes[part],
+            sequences.document_ids[part],
+            columns[_NAME],
+            None if clusters is None else clusters[part],
+            None if draws.sizes is None else draws.sizes[part],
+        )
+        if folder is not None:
+            folder.write_part(index, table)
+        return table
+
+    tables: list[pa.Table] = []
+    measured = evaluation_pass(
+        engine, {_NAME: subject}, sequences, parts, config, kept=kept, made=made
     )
+    for table, look in zip(measured, looked_at(parts), strict=True):
+        tables.append(table)
+        if config.until is not None and look:
+            so_far = Certificate(manifest, calibration, pa.concat_tables(tables))
+            if so_far.stop is not None:
+                break
+    where = Path(EVIDENCE) if folder is None else folder.path / EVIDENCE
+    return Certificate(manifest, calibration, join_parts(tables, where))

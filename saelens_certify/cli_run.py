@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saelens_certify.certification import sequences_for
 from saelens_certify.config import CertifyConfig
 from saelens_certify.data import Sequences, load_documents, split
 from saelens_certify.errors import CertifyError
 from saelens_certify.models import DEMO
+from saelens_certify.preparation import sequences_for
 from saelens_certify.saes.checkpoint import check_dtype
 from saelens_certify.saes.sources import SAESpec, matching, parse_spec, sae_folder, sae_folders
 

@@ -31,6 +31,8 @@ def add_settings(
         }
         if isinstance(field.default, bool):
             keywords["action"] = argparse.BooleanOptionalAction
+        elif isinstance(field.default, tuple):
+            keywords |= {"type": int, "nargs": "*", "metavar": "INT"}
         else:
             kind = setting_kind(field)
             keywords |= {"type": kind, "metavar": kind.__name__.upper()}
@@ -43,6 +45,6 @@ def config_of(options: argparse.Namespace) -> CertifyConfig:
     Raises:
         CertifyError: If a value is none that its setting can have.
     """
-    return CertifyConfig(
-        **{field.name: getattr(options, field.name) for field in dataclasses.fields(CertifyConfig)}
+    return CertifyConfig.from_dict(
+        {field.name: getattr(options, field.name) for field in dataclasses.fields(CertifyConfig)}
     )

@@ -49,8 +49,13 @@ class CertifyConfig:
             shuffle test is below 1 / (1 + R).
         matched_permutations: Number of permutations within deciles of activation frequency on
             calibration documents, measured as controls.
+        error_permutations: Number of feature permutations of which only the squared errors are measured, which
+            takes no pass of the model; the first ones are those of ``permutations``.
         random_decoders: Number of decoders with random directions and the SAE's own norms, measured as
             controls.
+        random_unit_decoders: Number of decoders with random directions of norm 1, measured as controls.
+        horizons: Numbers of blocks after the patched one at which the divergence from the model is also read
+            out, by the model's own final norm and unembedding (logit lens).
         until: Measure until the verdict is valid, looking all the time: ``"nonvacuous"`` (the bound is below
             a uniform guess), ``"decided"`` (also when no number of sequences can make it so), or a number
             of bits per token. None: measure every evaluation sequence. With it every bound is time-uniform.
@@ -78,7 +83,10 @@ class CertifyConfig:
     tau: int = 1
     permutations: int = 0
     matched_permutations: int = 0
+    error_permutations: int = 0
     random_decoders: int = 0
+    random_unit_decoders: int = 0
+    horizons: tuple[int, ...] = ()
     until: str | float | None = None
     until_bound: str = "sharp_betting"
     simultaneous: int = 1
@@ -105,7 +113,9 @@ class CertifyConfig:
             "tau": 1,
             "permutations": 0,
             "matched_permutations": 0,
+            "error_permutations": 0,
             "random_decoders": 0,
+            "random_unit_decoders": 0,
             "simultaneous": 1,
             "part_sequences": 1,
             "batch_tokens": 1,
@@ -130,6 +140,7 @@ class CertifyConfig:
         if not isinstance(self.progress, bool):
             raise CertifyError(f"progress must be True or False, got {self.progress!r}")
         object.__setattr__(self, "until", check_until(self.until))
+        object.__setattr__(self, "horizons", _horizons(self.horizons))
         if self.until_bound not in _UNTIL_BOUNDS:
             raise CertifyError(
                 f"until_bound must be one of {_UNTIL_BOUNDS}, got {self.until_bound!r}"
@@ -161,7 +172,7 @@ class CertifyConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "horizons": list(self.horizons)}
 
     def statement(self) -> dict[str, Any]:
         """Return the settings that change what the certificate says, without those of speed."""
@@ -199,6 +210,22 @@ class CertifyConfig:
         if unknown:
             raise CertifyError(f"unknown settings {unknown}; known settings: {sorted(known)}")
         return cls(**values)
+
+
+def _horizons(value: Any) -> tuple[int, ...]:
+    """Return horizons as increasing whole numbers.
+
+    Raises:
+        CertifyError: If they are anything else.
+    """
+    found = [_integer(each) for each in value] if isinstance(value, (list, tuple)) else [None]
+    whole = [each for each in found if each is not None and each >= 0]
+    if len(whole) < len(found) or sorted(set(whole)) != whole:
+        raise CertifyError(
+            f"horizons must be increasing numbers of blocks, each at least 0, got {value!r}; the published ones "
+            "are (0, 1, 2, 4, 8)"
+        )
+    return tuple(whole)
 
 
 def _integer(value: Any) -> int | None:

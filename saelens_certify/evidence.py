@@ -20,7 +20,7 @@ import torch
 
 from saelens_certify.errors import CertifyError, EvidenceError
 from saelens_certify.manifest import Manifest, differences
-from saelens_certify.measure import Columns
+from saelens_certify.outputs import Columns
 from saelens_certify.pool import Calibration
 from saelens_certify.storage import dump_json, write_atomically
 

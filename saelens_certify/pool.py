@@ -33,6 +33,11 @@ class Pool:
         """Number of features P in the pool."""
         return int(self.mask.sum())
 
+    @cached_property
+    def key(self) -> bytes:
+        """Its bits: equal for equal pools."""
+        return self.bits(torch.device("cpu")).numpy().tobytes()
+
     def bits(self, device: torch.device) -> Int[Tensor, " words"]:
         """Return the pool as a bitmask on ``device``."""
         return ops.pool_bits(self.mask.to(device))

@@ -7,7 +7,7 @@ and with which decoder.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,15 +37,19 @@ class Variant:
     Attributes:
         name: Suffix of its evidence columns.
         rewrite: Turns the codes of a batch into the codes that are decoded.
+        key: Tells two variants of one SAE and coding rule apart; equal ones are run once.
         make_decoder: Returns decoder rows to use in place of the SAE's own; always the same.
         only_violations: Whether it differs from S∘M only on sequences that violate the pool; on the
             others it is S∘M, exactly, and is not run.
+        keeps_support: Whether each token must have as many features as in S∘M; checked on every batch.
     """
 
     name: str
     rewrite: Callable[[Codes], SparseCodes]
+    key: Hashable
     make_decoder: Callable[[], Float[Tensor, "d_sae d_out"]] | None = None
     only_violations: bool = False
+    keeps_support: bool = False
 
     @property
     def decoder(self) -> Float[Tensor, "d_sae d_out"] | None:
@@ -55,12 +59,12 @@ class Variant:
 
 def all_features() -> Variant:
     """S∘M: the SAE's reconstruction from all its features."""
-    return Variant("sae", lambda codes: codes.features)
+    return Variant("sae", lambda codes: codes.features, key="sae")
 
 
 def pool_restricted() -> Variant:
     """h_G: features outside the pool are masked before the coding rule."""
-    return Variant("pool", _pooled, only_violations=True)
+    return Variant("pool", _pooled, key="pool", only_violations=True)
 
 
 def permuted(d_sae: int, seed: int, index: int = 0) -> Variant:
@@ -74,7 +78,7 @@ def permuted(d_sae: int, seed: int, index: int = 0) -> Variant:
         index: Which of several permutations.
     """
     permutation = feature_permutation(d_sae, seed, index)
-    return Variant(f"permuted_{index}", lambda codes: codes.features.map_indices(permutation))
+    return _renamed(f"permuted_{index}", permutation, ("permuted", seed, index))
 
 
 def matched(counts: Int[Tensor, " d_sae"], seed: int, index: int = 0) -> Variant:
@@ -89,7 +93,7 @@ def matched(counts: Int[Tensor, " d_sae"], seed: int, index: int = 0) -> Variant
         index: Which of several permutations.
     """
     permutation = matched_permutation(counts, seed, index)
-    return Variant(f"matched_{index}", lambda codes: codes.features.map_indices(permutation))
+    return _renamed(f"matched_{index}", permutation, permutation.numpy().tobytes())
 
 
 def random_decoder(
@@ -122,9 +126,11 @@ def random_decoder(
         return rows * own.float().norm(dim=-1, keepdim=True) if norm == "matched" else rows
 
     kept = draw() if keep else None
+    kind = "random_decoder" if norm == "matched" else "random_unit_decoder"
     return Variant(
-        f"random_decoder_{index}",
+        f"{kind}_{index}",
         lambda codes: codes.features,
+        key=(kind, seed, index),
         make_decoder=draw if kept is None else lambda: kept,
     )
 
@@ -151,27 +157,41 @@ def variants_of(
         )
     if counts is not None:
         variants += [matched(counts, config.seed, r) for r in range(config.matched_permutations)]
-    keep = 4 * adapter.d_sae * adapter.d_out * config.random_decoders <= _KEPT_BYTES
-    variants += [
-        random_decoder(adapter, config.seed, r, keep=keep) for r in range(config.random_decoders)
-    ]
+    numbers = {"matched": config.random_decoders, "unit": config.random_unit_decoders}
+    keep = 4 * adapter.d_sae * adapter.d_out * sum(numbers.values()) <= _KEPT_BYTES
+    for norm in ("matched", "unit"):
+        variants += [
+            random_decoder(adapter, config.seed, r, norm, keep) for r in range(numbers[norm])
+        ]
     return tuple(variants)
+
+
+def error_permutations(
+    adapter: SAEAdapter, config: CertifyConfig
+) -> Int[Tensor, "n_permutations d_sae"] | None:
+    """Return the permutations of which only squared errors are measured; None without any."""
+    if not config.error_permutations:
+        return None
+    numbers = range(config.error_permutations)
+    return torch.stack([feature_permutation(adapter.d_sae, config.seed, r) for r in numbers])
 
 
 def check_controls(adapter: SAEAdapter, config: CertifyConfig) -> None:
     """Check that the controls asked for can be made of this SAE; warn if no test can use them.
 
     Raises:
-        CertifyError: If random decoders are wanted and the SAE has no decoder rows.
+        CertifyError: If random decoders or errors of permutations are wanted and the SAE has no decoder
+            rows.
     """
-    controls = config.permutations + config.matched_permutations + config.random_decoders
+    of_rows = config.random_decoders + config.random_unit_decoders
+    controls = config.permutations + config.matched_permutations + of_rows
     if controls and config.until is not None:
         warnings.warn(
             f"{controls} controls are measured, but a run with until={config.until!r} has no shuffle test: "
             "the SAE's own losses decide how many sequences there are, so its copies are not exchangeable",
             stacklevel=3,
         )
-    if config.random_decoders:
+    if of_rows or config.error_permutations:
         _rows(adapter)
 
 
@@ -193,10 +213,24 @@ def _rows(adapter: SAEAdapter) -> Float[Tensor, "d_sae d_out"]:
     if adapter.decoder is None:
         raise CertifyError(
             f"architecture {adapter.architecture!r} has no W_dec of shape [d_sae, d_out] = "
-            f"[{adapter.d_sae}, {adapter.d_out}] that a random decoder could take the place of; set "
-            "random_decoders=0"
+            f"[{adapter.d_sae}, {adapter.d_out}] that a random decoder could take the place of, or that errors "
+            "of permutations could be computed from; set random_decoders=0, random_unit_decoders=0 and "
+            "error_permutations=0"
         )
     return adapter.decoder
+
+
+def _renamed(name: str, permutation: Int[Tensor, " d_sae"], key: Hashable) -> Variant:
+    """A variant that decodes each feature as another.
+
+    Raises:
+        CertifyError: If two features would get one direction: support sizes would not be preserved.
+    """
+    if not torch.equal(permutation.sort().values.long(), torch.arange(len(permutation))):
+        raise CertifyError(f"{name} is no permutation of {len(permutation)} features")
+    return Variant(
+        name, lambda codes: codes.features.map_indices(permutation), key, keeps_support=True
+    )
 
 
 def _pooled(codes: Codes) -> SparseCodes:

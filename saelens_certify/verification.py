@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from saelens_certify.certificate import Certificate
-from saelens_certify.certification import sequences_for
 from saelens_certify.data import Sequences
 from saelens_certify.data.hashing import set_digest
 from saelens_certify.data.near_duplicates import find_clusters
@@ -21,13 +20,14 @@ from saelens_certify.errors import CertifyError, EvidenceError
 from saelens_certify.evidence import CERTIFICATE, CLUSTER, EVIDENCE, finished_run, read_json
 from saelens_certify.forward import ForwardEngine, Strategy
 from saelens_certify.manifest import parameters_sha256
-from saelens_certify.measure import Subject, measure
+from saelens_certify.measure import measure
 from saelens_certify.positions import special_token_ids
-from saelens_certify.proxies import variants_of
+from saelens_certify.preparation import sequences_for
 from saelens_certify.saes import adapt
 from saelens_certify.saes.loading import load_sae
 from saelens_certify.sealing import compare_hashes
 from saelens_certify.store_draws import certified_sequences
+from saelens_certify.subject import Subject
 
 REMEASURED_TOLERANCE = 1e-3
 """Bits by which a sequence's loss may differ when measured again on another machine."""
@@ -164,14 +164,7 @@ def _measure_again(
     generator = np.random.default_rng(seed)
     n = min(sample, len(evaluation))
     rows = np.sort(generator.choice(len(evaluation), size=n, replace=False))
-    subject = Subject(
-        adapter=adapter,
-        pool=certificate.pool,
-        variants=variants_of(adapter, config, certificate.calibration.counts),
-        mean_activations=certificate.calibration.mean_activations(),
-        unigram_bits=certificate.calibration.unigram_bits(config.alpha),
-        counts=certificate.calibration.counts,
-    )
+    subject = Subject.of(adapter, certificate.calibration, config)
     tokens = evaluation.tokens[torch.from_numpy(rows)]
     columns = measure(engine, {"sae": subject}, tokens, config, special_token_ids(model))["sae"]
     largest = 0.0

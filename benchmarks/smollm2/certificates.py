@@ -19,9 +19,9 @@ from benchmarks.reference_protocol import (
 )
 from saelens_certify import Certificate, CertifyConfig, certify
 from saelens_certify.forward import ForwardEngine
-from saelens_certify.measure import Subject, calibrate, measure
-from saelens_certify.proxies import variants_of
+from saelens_certify.measure import calibrate, measure
 from saelens_certify.saes import adapt
+from saelens_certify.subject import Reader, Subject
 
 BEST_BATCH = 128
 
@@ -60,14 +60,9 @@ def speed(
     """
     config = CertifyConfig(progress=False, seq_len=tokens.shape[1])
     engine, adapter = ForwardEngine(model), adapt(sae)
-    half = calibrate(engine, {"sae": adapter}, tokens[: len(tokens) // 2], config)["sae"]
-    subject = Subject(
-        adapter=adapter,
-        pool=half.pool(1),
-        variants=variants_of(adapter, config),
-        mean_activations=half.mean_activations(),
-        unigram_bits=half.unigram_bits(config.alpha),
-    )
+    reader = Reader(adapter, config)
+    half = calibrate(engine, {"sae": reader}, tokens[: len(tokens) // 2], config)["sae"]
+    subject = Subject.of(adapter, half, config)
     pool = subject.pool.mask
 
     def reference(batch: int) -> dict[str, Callable[[], Any]]:
@@ -78,7 +73,7 @@ def speed(
 
     contenders: dict[str, dict[str, Callable[[], Any]]] = {
         "ours": {
-            "calibration": lambda: calibrate(engine, {"sae": adapter}, tokens, config),
+            "calibration": lambda: calibrate(engine, {"sae": reader}, tokens, config),
             "evaluation": lambda: measure(engine, {"sae": subject}, tokens, config),
         },
         "reference_published_batch": reference(PUBLISHED_BATCH),

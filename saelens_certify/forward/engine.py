@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saelens_certify.errors import CertifyError
 from saelens_certify.forward.head import PlainHead, plain_head
-from saelens_certify.forward.hooks import HookSite, check_hook, locate
+from saelens_certify.forward.hooks import HookSite, block_input, check_hook, locate
 from saelens_certify.forward.seams import Hook, seams_of
 
 # Largest difference of logits, relative to their spread, that is still rounding.
@@ -46,6 +46,20 @@ class Strategy:
     head_difference: float = 0.0
     fused_difference: float | None = None
 
+    @classmethod
+    def right_for_all(cls, strategies: Sequence[Strategy]) -> Strategy:
+        """Return the fastest strategy that is right at several hooks of one model."""
+        fused = [each.fused_difference for each in strategies]
+        known = [difference for difference in fused if difference is not None]
+        return cls(
+            suffix=all(each.suffix for each in strategies),
+            chunked_head=all(each.chunked_head for each in strategies),
+            fused_head=all(each.fused_head for each in strategies),
+            suffix_difference=max(each.suffix_difference for each in strategies),
+            head_difference=max(each.head_difference for each in strategies),
+            fused_difference=max(known) if len(known) == len(fused) else None,
+        )
+
 
 @dataclass(frozen=True)
 class BasePass:
@@ -55,7 +69,8 @@ class BasePass:
         tokens: Token ids, on the model's device.
         final: Residual after the last block.
         activations: Activation at each hook that was asked for, by hook name.
-        block_inputs: Residual at the input of each block at which a suffix must restart.
+        block_inputs: Residual at the input of each block at which a suffix must restart, or that was
+            asked for.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -72,11 +87,13 @@ class FinalState:
         tokens: Token ids.
         residual: Residual after the last block.
         patch: Hook and activation put in place of the model's own, if any.
+        block_inputs: Residual at the input of each block that was asked for.
     """
 
     tokens: Int[Tensor, "batch pos"]
     residual: Float[Tensor, "batch pos d_model"]
     patch: tuple[str, Tensor] | None = None
+    block_inputs: dict[int, Float[Tensor, "batch pos d_model"]] = field(default_factory=dict)
 
 
 @dataclass
@@ -149,6 +166,7 @@ class ForwardEngine:
         tokens: Int[Tensor, "batch pos"],
         hooks: Iterable[str],
         restarts: Iterable[str] = (),
+        blocks: Iterable[int] = (),
     ) -> BasePass:
         """Run the unchanged model once.
 
@@ -157,19 +175,19 @@ class ForwardEngine:
             hooks: Hooks whose activations are wanted.
             restarts: Hooks that will be patched: the block inputs their suffixes start from are
                 kept.
+            blocks: Further blocks whose inputs are wanted.
 
         Returns:
             Everything that the variants of this batch need.
         """
         names = sorted(set(hooks))
         sites = [locate(name) for name in set(restarts)]
-        inner = sorted(
-            {s.restart for s in sites if s.restart is not None and not s.replaces_residual}
-        )
+        restarted = (s.restart for s in sites if not s.replaces_residual)
+        inner = sorted({*(layer for layer in restarted if layer is not None), *blocks})
         for name in names:
             check_hook(self.model, name)
         caught: dict[str, Tensor] = {}
-        inputs = [f"blocks.{layer}.hook_resid_pre" for layer in inner]
+        inputs = [block_input(layer) for layer in inner]
         wanted = [*names, *(name for name in inputs if name not in names)]
         tokens = tokens.to(self.device)
         final = self._seams.to_block(
@@ -191,6 +209,7 @@ class ForwardEngine:
         rows: Int[Tensor, " rows"],
         hook: str,
         activation: Float[Tensor, "rows pos ..."],
+        blocks: Iterable[int] = (),
     ) -> FinalState:
         """Run what follows a hook after its activation was replaced.
 
@@ -200,6 +219,7 @@ class ForwardEngine:
                 variants of one sequence run in one call).
             hook: The hook whose activation is replaced.
             activation: The replacement, in any float dtype.
+            blocks: Later blocks whose inputs are wanted.
 
         Returns:
             The state after the last block.
@@ -208,18 +228,22 @@ class ForwardEngine:
         tokens = base.tokens[rows]
         activation = activation.to(base.activations[hook])
         put = (hook, _replace_with(activation))
+        caught: dict[str, Tensor] = {}
+        wanted = {layer: block_input(layer) for layer in blocks}
+        catch = [_catch(name, caught) for name in wanted.values()]
         if not self.strategy.suffix or site.restart is None:
-            residual = self._seams.to_block(tokens, self.n_layers, [put])
+            residual = self._seams.to_block(tokens, self.n_layers, [put, *catch])
         elif not site.replaces_residual:
             before = base.block_inputs[site.restart]
             residual = self._seams.from_block(
-                before[rows.to(before.device)], site.restart, tokens, [put]
+                before[rows.to(before.device)], site.restart, tokens, [put, *catch]
             )
         elif site.restart == self.n_layers:
             residual = activation
         else:
-            residual = self._seams.from_block(activation, site.restart, tokens, [])
-        return FinalState(tokens, residual, patch=(hook, activation))
+            residual = self._seams.from_block(activation, site.restart, tokens, catch)
+        inputs = {layer: caught[name] for layer, name in wanted.items()}
+        return FinalState(tokens, residual, (hook, activation), inputs)
 
     @torch.inference_mode()
     def logits(self, state: FinalState, rows: slice) -> Float[Tensor, "tokens d_vocab_out"]:

@@ -53,6 +53,11 @@ def locate(name: str) -> HookSite:
     return HookSite(name, restart=layer, replaces_residual=rest in _BLOCK_INPUTS)
 
 
+def block_input(layer: int) -> str:
+    """Name of the hook at the input of a block."""
+    return f"blocks.{layer}.hook_resid_pre"
+
+
 def known_hooks(model: Any) -> dict[str, str]:
     """Return every hook name that the model has, with the name under which its hooks are found.
 

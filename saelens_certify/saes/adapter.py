@@ -33,6 +33,14 @@ class Codes:
     pooled: SparseCodes | None
     token_map: TokenMap | None
 
+    def select(self, rows: Bool[Tensor, " tokens"]) -> Codes:
+        """Codes of some of the tokens."""
+        return Codes(
+            self.features.select(rows),
+            None if self.pooled is None else self.pooled.select(rows),
+            None if self.token_map is None else self.token_map.select(rows),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class SAEAdapter(ABC):

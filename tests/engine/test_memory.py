@@ -20,9 +20,10 @@ import torch
 from engine.builders import hooked_transformer, make_sae
 from saelens_certify import CertifyConfig
 from saelens_certify.forward import ForwardEngine, Strategy
-from saelens_certify.measure import Subject, calibrate, measure
+from saelens_certify.measure import calibrate, measure
 from saelens_certify.proxies import variants_of
 from saelens_certify.saes import adapt
+from saelens_certify.subject import Reader, Subject
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -39,8 +40,8 @@ if kind == "standard":  # about as sparse as a trained one: 0.3 % of the feature
 adapter = adapt(sae)
 # Once at small size, so that libraries have allocated what they always allocate.
 def work(part):
-    found = calibrate(engine, {"sae": adapter}, part, config)["sae"]
-    subject = Subject(adapter, found.pool(1), variants_of(adapter, config), found.mean_activations(),
+    found = calibrate(engine, {"sae": Reader(adapter, config)}, part, config)["sae"]
+    subject = Subject(adapter, config, found.pool(1), variants_of(adapter, config), found.mean_activations(),
                       found.unigram_bits(0.5))
     return measure(engine, {"sae": subject}, part, config)["sae"]
 work(tokens[:2])

@@ -22,9 +22,10 @@ from saelens_certify import CertifyConfig, CertifyError
 from saelens_certify.evidence import dump_table, to_table
 from saelens_certify.forward import ForwardEngine, Strategy, choose_strategy
 from saelens_certify.forward.head import plain_head
-from saelens_certify.measure import Subject, calibrate, measure
+from saelens_certify.measure import calibrate, measure
 from saelens_certify.proxies import all_features, feature_permutation, permuted, variants_of
 from saelens_certify.saes import adapt
+from saelens_certify.subject import Reader, Subject
 
 MODELS = {"hooked": hooked_transformer, "llama": llama_bridge, "gpt2": gpt2_bridge}
 HOOK = "blocks.1.hook_resid_post"
@@ -37,10 +38,10 @@ CONFIG = CertifyConfig(
 
 def measured(engine, sae, config=CONFIG, **more):
     adapter = adapt(sae)
-    found = calibrate(engine, {"sae": adapter}, TOKENS[:20], config)["sae"]
+    found = calibrate(engine, {"sae": Reader(adapter, config)}, TOKENS[:20], config)["sae"]
     variants = more.pop("variants", variants_of(adapter, config))
     subject = Subject(
-        adapter, found.pool(config.tau), variants, found.mean_activations(),
+        adapter, config, found.pool(config.tau), variants, found.mean_activations(),
         found.unigram_bits(config.alpha), **more,
     )  # fmt: skip
     return measure(engine, {"sae": subject}, TOKENS, config)["sae"]

@@ -11,9 +11,9 @@ import pytest
 
 from integrations import sae_lens_world as world
 from saelens_certify import CertifyConfig, CertifyError, certify, verify
-from saelens_certify.certification import sequences_for
 from saelens_certify.data import as_sequences, load_documents
 from saelens_certify.integrations.sae_lens import sequences_of_store
+from saelens_certify.preparation import sequences_for
 
 CONFIG = CertifyConfig(seq_len=world.SEQ_LEN, progress=False, seed=5)
 SETTINGS: dict[str, Any] = {"seq_len": world.SEQ_LEN, "d_vocab": world.D_VOCAB}

@@ -14,7 +14,7 @@ import sae_lens.evals
 from sae_lens.evals import EvalConfig
 
 from saelens_certify.certificate import Certificate
-from saelens_certify.certification import certify, sequences_for
+from saelens_certify.certification import certify
 from saelens_certify.config import CertifyConfig
 from saelens_certify.envelope import EVAL_TYPE
 from saelens_certify.errors import CertifyError
@@ -30,6 +30,7 @@ from saelens_certify.integrations.sae_lens.certificates import Certificates
 from saelens_certify.integrations.sae_lens.inference import inference_form
 from saelens_certify.integrations.sae_lens.state import preserved_rng
 from saelens_certify.preflight import check_bare
+from saelens_certify.preparation import sequences_for
 from saelens_certify.store_draws import check_numbers
 
 OnRefusal = Literal["raise", "record"]

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 
 from saelens_certify.certificate import Certificate
-from saelens_certify.certification import certify, sequences_for
+from saelens_certify.certification import certify
 from saelens_certify.config import CertifyConfig
 from saelens_certify.data import Sequences, check_disjoint
 from saelens_certify.errors import CertifyError
@@ -23,6 +23,7 @@ from saelens_certify.integrations.sae_lens.evals import GROUP, OnRefusal
 from saelens_certify.integrations.sae_lens.history import History, Record
 from saelens_certify.integrations.sae_lens.inference import inference_form
 from saelens_certify.integrations.sae_lens.state import preserved_rng, replaced
+from saelens_certify.preparation import sequences_for
 
 # Runners hand their trainer to one of these before it fits.
 _RUNNER_SEAMS = ("run_trainer_with_interruption_handling", "_run_with_interruption_handling")
