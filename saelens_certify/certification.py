@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from saelens_certify.evidence import EVIDENCE, RunFolder, reading, to_table
 from saelens_certify.forward import ForwardEngine
 from saelens_certify.manifest import Manifest, build_manifest
 from saelens_certify.outputs import Columns
-from saelens_certify.passes import calibration_pass, empty_calibrations, evaluation_pass
+from saelens_certify.passes import calibration_pass, empty_calibration, evaluation_pass
 from saelens_certify.pool import Calibration
 from saelens_certify.preflight import warn_about_bos
 from saelens_certify.preparation import PROBE_SEQUENCES, prepare, sequences_for, try_out
@@ -136,20 +135,18 @@ def _calibrate(
 ) -> Calibration:
     """Calibrate part by part, going on after what the folder already has."""
     readers = {_NAME: Reader(adapter, config)}
-    so_far = empty_calibrations(engine, readers)
+    so_far = empty_calibration(engine, readers[_NAME])
     found = None if folder is None else folder.load_calibration()
     if folder is not None and found is not None:
-        found.check_resumable(so_far[_NAME], len(sequences), sequences.seq_len, str(folder.path))
-        so_far = {_NAME: found}
+        found.check_resumable(so_far, len(sequences), sequences.seq_len, str(folder.path))
+        so_far = found
 
-    def keep(_: int, total: Mapping[str, Calibration]) -> None:
+    def keep(_name: str, _done: int, total: Calibration) -> None:
         if folder is not None:
-            folder.save_calibration(total[_NAME])
+            folder.save_calibration(total)
 
-    done = so_far[_NAME].n_sequences
-    return calibration_pass(
-        engine, readers, sequences, config, done=done, so_far=so_far, keep=keep
-    )[_NAME]
+    done = {_NAME: (so_far.n_sequences, so_far)}
+    return calibration_pass(engine, readers, sequences, config, so_far=done, keep=keep)[_NAME]
 
 
 def _evaluate(
@@ -166,15 +163,15 @@ def _evaluate(
     sequences, clusters = draws.sequences, draws.clusters
     parts = part_slices(config, clusters or [None] * len(sequences))
 
-    def kept(index: int) -> pa.Table | None:
+    def kept(index: int, _name: str) -> pa.Table | None:
         return None if folder is None else folder.read_part(index, sequences.hashes[parts[index]])
 
-    def made(index: int, columns: dict[str, Columns]) -> pa.Table:
+    def made(index: int, _name: str, columns: Columns) -> pa.Table:
         part = parts[index]
         table = to_table(
             sequences.hashes[part],
             sequences.document_ids[part],
-            columns[_NAME],
+            columns,
             None if clusters is None else clusters[part],
             None if draws.sizes is None else draws.sizes[part],
         )
@@ -186,8 +183,8 @@ def _evaluate(
     measured = evaluation_pass(
         engine, {_NAME: subject}, sequences, parts, config, kept=kept, made=made
     )
-    for table, look in zip(measured, looked_at(parts), strict=True):
-        tables.append(table)
+    for part, look in zip(measured, looked_at(parts), strict=True):
+        tables.append(part[_NAME])
         if config.until is not None and look:
             so_far = Certificate(manifest, calibration, pa.concat_tables(tables))
             if so_far.stop is not None:

@@ -55,18 +55,38 @@ def to_table(
         A table with ``sequence``, ``document``, ``cluster`` and the measured columns in alphabetical order; a
         column of several numbers per sequence becomes one of fixed-size lists.
     """
-    arrays = {"sequence": pa.array(sequence_ids), "document": pa.array(document_ids)}
-    if clusters is not None:
-        arrays[CLUSTER] = pa.array(clusters, type=pa.string())
-        arrays[CLUSTER_SIZE] = pa.array(cluster_sizes, type=pa.int64())
+    return with_names(measured_table(columns), sequence_ids, document_ids, clusters, cluster_sizes)
+
+
+def measured_table(columns: Columns) -> pa.Table:
+    """Put measured columns into a table, in alphabetical order; several numbers per sequence become a list."""
+    arrays: dict[str, pa.Array] = {}
     for name in sorted(columns):
         values = columns[name]
         flat = pa.array(
             values.ravel() if values.dtype == np.bool_ else values.ravel().astype(np.float64)
         )
-        several = values.ndim == 2
-        arrays[name] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1]) if several else flat
+        if values.ndim == 2:
+            # Parquet calls the items so; with one name, what was read again is written alike.
+            kind = pa.list_(pa.field("element", flat.type), values.shape[1])
+            flat = pa.FixedSizeListArray.from_arrays(flat, type=kind)
+        arrays[name] = flat
     return pa.table(arrays)
+
+
+def with_names(
+    measured: pa.Table,
+    sequence_ids: Sequence[str],
+    document_ids: Sequence[str],
+    clusters: Sequence[str | None] | None = None,
+    cluster_sizes: Sequence[int] | None = None,
+) -> pa.Table:
+    """Put the names of the sequences before what was measured on them; arguments as in `to_table`."""
+    named = {"sequence": pa.array(sequence_ids), "document": pa.array(document_ids)}
+    if clusters is not None:
+        named[CLUSTER] = pa.array(clusters, type=pa.string())
+        named[CLUSTER_SIZE] = pa.array(cluster_sizes, type=pa.int64())
+    return pa.table({**named, **{name: measured.column(name) for name in measured.column_names}})
 
 
 def part_name(index: int) -> str:

@@ -52,6 +52,8 @@ def build_manifest(
     self_check: Mapping[str, Any],
     sae_id: str | None = None,
     origin: Mapping[str, Any] | None = None,
+    model_sha256: str | None = None,
+    sae_sha256: str | None = None,
 ) -> Manifest:
     """Collect the provenance of a run.
 
@@ -66,24 +68,26 @@ def build_manifest(
         self_check: Result of comparing the adapter with ``sae.forward``.
         sae_id: How the user named the SAE: ``release/sae_id`` or a folder.
         origin: Where it was loaded from (`saes.loading.LoadedSAE.origin`).
+        model_sha256: Hash of the model's parameters, where it is known (`model_hash`).
+        sae_sha256: Hash of the SAE's parameters, where it is known.
 
     Returns:
         Plain JSON values. ``manifest["identity"]`` holds what must agree for a run to be resumed.
     """
     model = engine.model
     hf_model = getattr(model, "original_model", model)
-    model_hash = parameters_sha256(hf_model.named_parameters())
-    sae_hash = parameters_sha256(sae.named_parameters())
+    model_sha256 = model_sha256 or model_hash(model)
+    sae_sha256 = sae_sha256 or parameters_sha256(sae.named_parameters())
     return {
         "identity": {
             "format": FORMAT_VERSION,
             "saelens_certify": __version__,
             "config": config.statement(),
-            "model_sha256": model_hash,
+            "model_sha256": model_sha256,
             "model_config_sha256": settings_sha256(_model_settings(hf_model)),
             "d_vocab": engine.d_vocab,
             "special_ids": list(special_token_ids(model)),
-            "sae_sha256": sae_hash,
+            "sae_sha256": sae_sha256,
             "sae_config_sha256": settings_sha256(adapter.config),
             "hook_in": adapter.input_hook,
             "hook_out": adapter.output_hook,
@@ -134,6 +138,11 @@ def build_manifest(
         },
         "dependence": dict(dependence),
     }
+
+
+def model_hash(model: Any) -> str:
+    """Hash the parameters of a TransformerLens model."""
+    return parameters_sha256(getattr(model, "original_model", model).named_parameters())
 
 
 def provenance(manifest: Manifest) -> dict[str, Any]:

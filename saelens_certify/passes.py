@@ -19,14 +19,9 @@ from saelens_certify.subject import Reader, Subject
 Part = TypeVar("Part")
 
 
-def empty_calibrations(
-    engine: ForwardEngine, readers: Mapping[str, Reader]
-) -> dict[str, Calibration]:
-    """What every reader has before the first part."""
-    return {
-        name: Calibration.empty(r.adapter.d_sae, engine.d_vocab, r.adapter.d_out)
-        for name, r in readers.items()
-    }
+def empty_calibration(engine: ForwardEngine, reader: Reader) -> Calibration:
+    """What a reader has before the first part."""
+    return Calibration.empty(reader.adapter.d_sae, engine.d_vocab, reader.adapter.d_out)
 
 
 def calibration_pass(
@@ -35,9 +30,8 @@ def calibration_pass(
     sequences: Sequences,
     config: CertifyConfig,
     *,
-    done: int,
-    so_far: Mapping[str, Calibration],
-    keep: Callable[[int, dict[str, Calibration]], None],
+    so_far: Mapping[str, tuple[int, Calibration]],
+    keep: Callable[[str, int, Calibration], None],
 ) -> dict[str, Calibration]:
     """Calibrate part by part, going on after what was done.
 
@@ -46,23 +40,27 @@ def calibration_pass(
         readers: Who counts, by name.
         sequences: Calibration sequences in their order.
         config: Settings of the pass.
-        done: Sequences that ``so_far`` has seen.
-        so_far: The calibrations after these.
-        keep: Called after every part with the number of sequences seen and the calibrations.
+        so_far: For each reader how many of the sequences it has seen, and its calibration after these.
+        keep: Called after every part, for each reader, with its name and the same two.
 
     Returns:
         The calibrations after all sequences.
     """
-    total = dict(so_far)
+    total = {name: calibration for name, (_, calibration) in so_far.items()}
     special = special_token_ids(engine.model)
-    with _progress("calibration", sequences, done, config) as bar:
-        for start in range(done, len(sequences), config.part_sequences):
+    first = min(done for done, _ in so_far.values())
+    with _progress("calibration", sequences, first, config) as bar:
+        for start in range(first, len(sequences), config.part_sequences):
             part = slice(start, start + config.part_sequences)
-            here = {name: _of_part(reader, part) for name, reader in readers.items()}
+            here = {
+                name: _of_part(reader, part)
+                for name, reader in readers.items()
+                if so_far[name][0] <= start
+            }
             tokens = sequences.tokens[part]
-            found = calibrate(engine, here, tokens, config, special)
-            total = {name: total[name] + found[name] for name in readers}
-            keep(start + len(tokens), total)
+            for name, found in calibrate(engine, here, tokens, config, special).items():
+                total[name] = total[name] + found
+                keep(name, start + len(tokens), total[name])
             bar.update(tokens.numel())
     return total
 
@@ -74,9 +72,9 @@ def evaluation_pass(
     parts: Sequence[slice],
     config: CertifyConfig,
     *,
-    kept: Callable[[int], Part | None],
-    made: Callable[[int, dict[str, Columns]], Part],
-) -> Iterator[Part]:
+    kept: Callable[[int, str], Part | None],
+    made: Callable[[int, str, Columns], Part],
+) -> Iterator[dict[str, Part]]:
     """Measure part by part, skipping what was kept.
 
     Args:
@@ -85,21 +83,25 @@ def evaluation_pass(
         sequences: Evaluation sequences in their order.
         parts: The parts.
         config: Settings of the pass.
-        kept: Returns a part that was measured before, or None.
-        made: Takes the columns of a part that was measured now and keeps it.
+        kept: Returns a part of a subject that was measured before, or None.
+        made: Takes the columns of a part of a subject that was measured now and keeps it.
 
     Yields:
-        Each part, in order.
+        Each part by subject, in order.
     """
     special = special_token_ids(engine.model)
     with _progress("evaluation", sequences, 0, config) as bar:
         for index, part in enumerate(parts):
             tokens = sequences.tokens[part]
-            found = kept(index)
-            if found is None:
-                found = made(index, measure(engine, subjects, tokens, config, special))
+            before = {name: kept(index, name) for name in subjects}
+            missing = {name: subjects[name] for name, found in before.items() if found is None}
+            now: dict[str, Part] = {}
+            if missing:
+                columns = measure(engine, missing, tokens, config, special)
+                now = {name: made(index, name, each) for name, each in columns.items()}
             bar.update(tokens.numel())
-            yield found
+            found = {name: part for name, part in before.items() if part is not None}
+            yield {name: {**found, **now}[name] for name in subjects}
 
 
 def _of_part(reader: Reader, part: slice) -> Reader:
