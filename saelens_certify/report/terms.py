@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 TERMS = {
     "risk_base": "measured risk of M",
     "risk_pool": "proxy risk (h_G)",
@@ -60,3 +63,25 @@ def control_label(name: str) -> str:
     """Return a control's name for people."""
     kind, _, index = name.rpartition("_")
     return f"{CONTROLS[kind]} ({index})" if kind in CONTROLS else name.replace("_", " ")
+
+
+def layer_of(hook: str) -> int | None:
+    """Return the block in which a hook is: the layer that people speak of; None for one outside all blocks."""
+    match = re.match(r"blocks\.(\d+)\.", hook)
+    return int(match.group(1)) if match else None
+
+
+def sae_labels(hooks: Mapping[str, str]) -> dict[str, str]:
+    """Return what SAEs are called beside each other.
+
+    Args:
+        hooks: The output hook of each SAE, by name.
+
+    Returns:
+        ``layer 6`` by name, where SAEs are named by their hooks and are at different layers; else the names.
+    """
+    layers = {layer_of(hook) for hook in hooks.values()}
+    named_by_hook = all(name == hook for name, hook in hooks.items())
+    if not named_by_hook or None in layers or len(layers) < len(hooks):
+        return {name: name for name in hooks}
+    return {name: f"layer {layer_of(hook)}" for name, hook in hooks.items()}
