@@ -189,8 +189,8 @@ def task_rows(samples: pa.Table, metric: str, delta: float, share: float) -> tup
         ``task``; ``metric``; ``n``: questions; ``acc_base``, ``acc_sae``, ``acc_pool``: means of the metric under M,
         S∘M and h_G; ``chance``: that of guessing; ``drop_sae``, ``drop_pool`` with ``_lower`` and
         ``_upper``: intervals; ``confidence``: 1 - delta; ``above_chance``: whether M is above chance with
-        that confidence; ``violations``: share of questions with a text that violates the pool; ``cut``:
-        texts that lost tokens on the left.
+        that confidence; ``violations``: share of questions with a text on which h_G differs from S∘M,
+        because a feature outside the pool is active; ``cut``: texts that lost tokens on the left.
     """
     names = samples.column("task").to_pylist()
     return tuple(

@@ -19,7 +19,13 @@ from saelens_certify.evidence import RunFolder
 from saelens_certify.forward import ForwardEngine
 from saelens_certify.identity import check_sae
 from saelens_certify.integrations.scored_requests import PROXIES, ScoredTokens, ScoreStore
-from saelens_certify.manifest import FORMAT_VERSION, Manifest, parameters_sha256, settings_sha256
+from saelens_certify.manifest import (
+    FORMAT_VERSION,
+    Manifest,
+    model_hash,
+    parameters_sha256,
+    settings_sha256,
+)
 from saelens_certify.measure import token_outputs
 from saelens_certify.passes import calibration_pass, empty_calibration
 from saelens_certify.pool import Calibration
@@ -158,7 +164,7 @@ def _manifest(engine: ForwardEngine, prepared: Prepared, config: CertifyConfig) 
             "saelens_certify": __version__,
             "kind": "proxy_scores",
             "config": {name: getattr(config, name) for name in _COMPARED},
-            "model_sha256": parameters_sha256(hf_model.named_parameters()),
+            "model_sha256": model_hash(engine.model),
             "model_config_sha256": settings_sha256(settings.to_dict() if settings else {}),
             "special_ids": list(special_token_ids(engine.model)),
             "sae_sha256": parameters_sha256(sae.named_parameters()),
@@ -221,6 +227,7 @@ def _store(
         return ScoredTokens(
             logprob={name: outputs[name].logprob for name in PROXIES},
             greedy={name: outputs[name].greedy for name in PROXIES},
+            # Without a violation h_G is S∘M, exactly: its predictions are copies.
             violation=(outputs["pool"].logprob != outputs["sae"].logprob).any(dim=1),
         )
 

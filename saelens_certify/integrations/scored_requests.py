@@ -57,7 +57,8 @@ class Score:
     Attributes:
         logprob: Natural log-probability of the scored tokens given those before them, by proxy.
         greedy: Whether each scored token is the most likely one, by proxy.
-        violation: Whether a feature outside the pool is active on any token of the sequence.
+        violation: Whether a feature outside the pool is active on any token that others are predicted from, so
+            that h_G differs from S∘M.
     """
 
     logprob: Mapping[str, float]
@@ -72,7 +73,7 @@ class ScoredTokens:
     Attributes:
         logprob: By proxy: natural log-probability of token t + 1 given tokens 0 .. t.
         greedy: By proxy: whether that token is the most likely one.
-        violation: Whether a sequence violates the pool.
+        violation: Whether h_G predicts something else than S∘M, because a feature outside the pool is active.
     """
 
     logprob: Mapping[str, Float64[Tensor, "n_sequences predicted"]]

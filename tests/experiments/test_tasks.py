@@ -43,7 +43,8 @@ def run(folder: Path, config: CertifyConfig | None = CONFIG, **arguments: Any) -
     settings: dict[str, Any] = {
         "tasks": ["endings"], "include_path": folder, "config": config, **given, **arguments,
     }  # fmt: skip
-    return downstream_tasks(model(), settings.pop("sae", sae()), **settings)
+    which = settings.pop("model", None) or model()
+    return downstream_tasks(which, settings.pop("sae", sae()), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +256,32 @@ def test_pool_of_a_certificate(tasks, finished, tmp_path) -> None:
     assert found.rows == finished[0].rows
     for ours, theirs in zip(samples(tmp_path / "run"), samples(finished[1]), strict=True):
         assert ours["logprob_pool"] == pytest.approx(theirs["logprob_pool"], abs=1e-5)
+
+
+def test_bridge_gives_the_same(tasks, finished) -> None:
+    bridge = demo.load_model("TransformerBridge")
+    assert run(tasks, model=bridge).rows == finished[0].rows
+
+
+def test_task_without_choices_has_no_chance(tmp_path, oracle) -> None:
+    """Is the next word the most likely one? (The harness's type 'loglikelihood'.)"""
+    write_endings(
+        tmp_path, "words", output_type="loglikelihood", doc_to_choice=None,
+        doc_to_target=" {{endings[label].split(' ')[0]}}", metric_list=[{"metric": "acc"}],
+    )  # fmt: skip
+    (row,) = run(tmp_path, tasks=["words"]).rows
+    assert row["chance"] is None
+    assert row["above_chance"] is None
+    for proxy in PROXIES:
+        right = [
+            oracle.score(
+                *tokens_of(each["context"], " " + each["endings"][each["label"]].split(" ")[0]),
+                proxy,
+            )[1]
+            for each in questions()
+        ]
+        assert row[f"acc_{proxy}"] == np.mean(right)
+    assert 0 < float(row["acc_base"] or 0) < 1
 
 
 def test_files_and_findings(finished) -> None:
