@@ -23,7 +23,7 @@ from saelens_certify.evidence import dump_table
 from saelens_certify.experiments.result import Experiment, Row
 from saelens_certify.integrations.scored_requests import PROXIES
 from saelens_certify.report.experiments.tasks import tasks_figure
-from saelens_certify.rounding import percent
+from saelens_certify.rounding import percent, rounded_down, rounded_up
 from saelens_certify.storage import write_atomically
 
 if TYPE_CHECKING:
@@ -256,18 +256,20 @@ def _sentence(row: Row) -> str:
             says = "accuracy is gained"
         else:
             says = "no change is shown"
-        return f"{_NAMES[name]} drops by {drop:.1f} points [{low:.1f}, {high:.1f}]: {says}"
+        limits = f"[{rounded_down(low, 1)}, {rounded_up(high, 1)}]"
+        return f"{_NAMES[name]} drops by {drop:.1f} points {limits}: {says}"
 
     accuracies = ", ".join(
-        f"{name} {100 * float(row[f'acc_{proxy}'] or 0.0):.1f} %" for proxy, name in _NAMES.items()
+        f"{name} {100 * float(row[f'acc_{proxy}'] or 0.0):.1f}%" for proxy, name in _NAMES.items()
     )
     text = (
         f"{row['task']} ({row['n']:,} questions, {row['metric']}): {accuracies}; {points('sae')}; {points('pool')} "
-        f"(each interval at {percent(float(row['confidence'] or 0.0))} confidence)"
+        f"(each interval at {percent(float(row['confidence'] or 0.0))} confidence); h_G differs from S∘M on "
+        f"{100 * float(row['violations'] or 0.0):.1f}% of the questions"
     )
     if row["above_chance"] is False:
         text += (
-            f"; M itself is not shown to be above chance ({100 * float(row['chance'] or 0.0):.1f} %), so a small "
+            f"; M itself is not shown to be above chance ({100 * float(row['chance'] or 0.0):.1f}%), so a small "
             "drop says little"
         )
     return text

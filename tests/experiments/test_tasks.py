@@ -10,6 +10,7 @@ from typing import Any
 
 import lm_eval
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -26,9 +27,14 @@ from experiments.task_world import (
     tokens_of,
     write_endings,
 )
-from saelens_certify import CertifyConfig, EvidenceError, certify, demo
+from saelens_certify import CertifyConfig, CertifyError, EvidenceError, certify, demo
 from saelens_certify.experiments.result import Experiment
-from saelens_certify.experiments.tasks import downstream_tasks
+from saelens_certify.experiments.tasks import (
+    _value,
+    downstream_tasks,
+    task_findings,
+    task_rows,
+)
 from saelens_certify.integrations import proxy_scores as scoring
 from saelens_certify.integrations.lm_eval import proxy_models
 from saelens_certify.integrations.proxy_scores import proxy_scores
@@ -293,8 +299,66 @@ def test_files_and_findings(finished) -> None:
     (finding,) = experiment.findings
     row = experiment.rows[0]
     for proxy in PROXIES:
-        assert f"{100 * float(row[f'acc_{proxy}'] or 0):.1f} %" in finding
+        assert f"{100 * float(row[f'acc_{proxy}'] or 0):.1f}%" in finding
     assert f"{N_QUESTIONS} questions" in finding
+
+
+def test_figure_shows_the_rows(finished) -> None:
+    (row,) = finished[0].rows
+    traces: list[Any] = list(finished[0].figure.data)
+    bars = {trace.name: trace.y[0] for trace in traces if trace.type == "bar"}
+    points = {trace.name: trace for trace in traces if "mode" in trace and trace.mode == "markers"}
+    for proxy, name in (("base", "M"), ("sae", "S∘M"), ("pool", "h_G")):
+        assert bars[name] == 100 * row[f"acc_{proxy}"]
+        if proxy != "base":
+            (drop,), ends = points[name].y, points[name].error_y
+            assert drop == 100 * row[f"drop_{proxy}"]
+            assert drop + ends.array[0] == pytest.approx(100 * row[f"drop_{proxy}_upper"])
+            assert drop - ends.arrayminus[0] == pytest.approx(100 * row[f"drop_{proxy}_lower"])
+    guessing = next(trace for trace in traces if trace.name == "guessing")
+    assert guessing.y[0] == pytest.approx(100 / 3)
+    picture = finished[1] / "downstream_tasks.png"
+    assert not picture.exists() or picture.stat().st_size > 10_000
+
+
+def _samples(right: dict[str, list[int]], chance: float) -> pa.Table:
+    return pa.Table.from_pylist(
+        [
+            {
+                "task": "some", "question": number, "question_sha256": f"{number:03}", "choice": choice,
+                "n_cut": 0, "violation": choice == 0 and number % 4 == 0, "chance": chance,
+                **{f"value_{proxy}": float(right[proxy][number]) for proxy in PROXIES},
+            }
+            for number in range(len(right["base"]))
+            for choice in range(2)
+        ]
+    )  # fmt: skip
+
+
+def test_findings_say_what_is_shown() -> None:
+    n = 200
+    good, poor = [1] * n, [1, 0] * (n // 2)
+    for sae_right, base_right, says in (
+        (poor, good, "S∘M drops by 50.0 points"), (good, poor, "accuracy is gained"),
+        (good, good, "no change is shown"),
+    ):  # fmt: skip
+        table = _samples({"base": base_right, "sae": sae_right, "pool": good}, 0.5)
+        rows = task_rows(table, "acc", 0.05, 0.05)
+        (finding,) = task_findings(rows)
+        assert says in finding
+        assert ("accuracy is lost" in finding) == (sae_right is poor)
+        assert ("not shown to be above chance (50.0%)" in finding) == (base_right is poor)
+        assert rows[0]["above_chance"] == (base_right is good)
+        assert rows[0]["violations"] == 0.25
+        tighter = task_rows(table, "acc", 0.05, 0.005)[0]
+        assert float(tighter["drop_sae_lower"] or 0) <= float(rows[0]["drop_sae_lower"] or 0)
+        assert tighter["confidence"] == 0.95
+
+
+@pytest.mark.parametrize("value", [1.5, -0.1, float("nan"), "yes", (0, 1), None])
+def test_metric_that_is_no_share_is_refused(value) -> None:
+    with pytest.raises(CertifyError, match="not a number between 0 and 1"):
+        _value("some", "odd", value)
 
 
 def test_random_state_is_left_alone(tasks) -> None:

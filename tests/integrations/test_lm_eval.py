@@ -32,7 +32,7 @@ from lm_eval.tasks import TaskManager
 
 from saelens_certify import CertifyError, certify, demo
 from saelens_certify.demo.loader import load_hf_model
-from saelens_certify.experiments.tasks import PAPER_TASKS, _interval, downstream_tasks
+from saelens_certify.experiments.tasks import PAPER_TASKS, _chance, _interval, downstream_tasks
 from saelens_certify.integrations.lm_eval import ProxyLM, load_tasks, proxy_models
 from saelens_certify.integrations.proxy_scores import proxy_scores
 from saelens_certify.integrations.scored_requests import (
@@ -260,6 +260,17 @@ def test_published_tasks_are_those_of_the_harness(every_task, tmp_path) -> None:
         "winogrande_local": (3, 0.5), "piqa_local": (3, 0.5), "hellaswag_local": (2, 0.25),
     }  # fmt: skip
     assert len(experiment.findings) == 3
+
+
+def test_chance_counts_right_answers_and_choices() -> None:
+    def question(n: int, target: Any, *metrics: str) -> dict[str, Any]:
+        return {"arguments": [("", "")] * n, "target": target, "metrics": ["acc", *metrics]}
+
+    assert _chance(question(4, 2)) == 0.25
+    assert _chance(question(4, [0, 3])) == 0.5
+    assert _chance(question(2, "the context is chosen, not the ending")) == 0.5
+    assert _chance(question(8, 2, "acc_mutual_info")) == 0.25
+    assert _chance(question(1, "word")) is None
 
 
 # ----------------------------------------------------------------------------------------- errors

@@ -72,7 +72,7 @@ def tasks_figure(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
         title="Accuracy of M, S∘M and h_G on downstream tasks",
         template="simple_white",
         barmode="overlay",
-        width=1100,
+        width=max(1100, 300 + 170 * len(rows)),
         height=450,
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         margin={"t": 90, "b": 70},
