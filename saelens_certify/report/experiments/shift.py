@@ -133,7 +133,7 @@ def _add_stacks(figure: go.Figure, rows: Sequence[Row]) -> None:
         total = _number(row, name)
         figure.add_annotation(
             x=label, y=total, text=f"{rounded_up(total, 2):.2f}", showarrow=False, yanchor="bottom",
-            bgcolor="rgba(255,255,255,0.75)", borderpad=1, yshift=2, row=1, col=1,
+            bgcolor="white", borderpad=1, yshift=2, row=1, col=1,
         )  # fmt: skip
     figure.update_xaxes(title="evaluation documents", type="category", row=1, col=1)
     figure.update_yaxes(title="bits per token", rangemode="tozero", row=1, col=1)
