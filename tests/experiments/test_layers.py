@@ -149,10 +149,10 @@ def first_loop(certificate: Certificate, grid: Sequence[int], name: str) -> int 
     return None
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.05])
-def test_first_numbers_are_what_a_loop_finds(eta: float) -> None:
-    certificate = synthetic.certificate(risk=2.5, eta=eta, n=300)
-    grid = [300, 10, 20, 50, 90, 130, 170, 210, 250, 5000]
+@pytest.mark.parametrize(("eta", "simultaneous"), [(0.0, 1), (0.05, 1), (0.0, 12)])
+def test_first_numbers_are_what_a_loop_finds(eta: float, simultaneous: int) -> None:
+    certificate = synthetic.certificate(risk=2.5, eta=eta, n=300, simultaneous=simultaneous)
+    grid = [300, *range(3, 300, 3), 5000]
     row = layer_rows({"one": certificate}, grid)[0]
     inside = sorted(n for n in grid if n <= 300)
     for name in ("u_sae", "u_sae_occam", "sharp_betting"):
@@ -161,9 +161,25 @@ def test_first_numbers_are_what_a_loop_finds(eta: float) -> None:
         assert row[f"first_n_{name}"] == expected
     for name in ("sharp_betting", "sharp_measured"):
         times = np.union1d(looks(300), inside)
-        values = bounds.sharp_sequence(name, certificate.losses, 0.05, times)
+        values = bounds.sharp_sequence(name, certificate.losses, 0.05 / simultaneous, times)
         expected = int(times[values < certificate.losses.baseline][0])
         assert row[f"first_n_{name}_any_time"] == expected
+
+
+def test_the_last_number_of_a_run_is_on_the_grid() -> None:
+    certificate = synthetic.certificate(n=300)
+    row = layer_rows({"one": certificate}, [300, 301])[0]
+    assert row["first_n_u_sae"] == row["first_n_sharp_betting"] == 300
+
+
+def test_all_the_time_means_at_the_numbers_of_the_grid_too() -> None:
+    certificate = synthetic.certificate(risk=5.9, gap=0.1, n=300)
+    usual = layer_rows({"one": certificate})[0]["first_n_sharp_betting_any_time"]
+    every = layer_rows({"one": certificate}, range(1, 301))[0]["first_n_sharp_betting_any_time"]
+    assert isinstance(every, int)
+    assert every not in looks(300)
+    assert isinstance(usual, int)
+    assert every < usual
 
 
 def test_a_finer_grid_never_finds_a_later_number() -> None:
