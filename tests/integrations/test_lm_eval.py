@@ -37,7 +37,6 @@ from saelens_certify.integrations.lm_eval import ProxyLM, load_tasks, proxy_mode
 from saelens_certify.integrations.proxy_scores import proxy_scores
 from saelens_certify.integrations.scored_requests import (
     PROXIES,
-    Request,
     ScoredTokens,
     ScoreStore,
 )
@@ -150,54 +149,6 @@ def test_bos_is_the_model_s_convention() -> None:
         lm.loglikelihood(instances("loglikelihood", ("", "The man")))
         assert seen.pop() == [0, *tokenizer.encode("The man", add_special_tokens=False)]
         assert not seen
-
-
-@given(
-    st.lists(
-        st.tuples(st.lists(st.integers(0, 5), min_size=2, max_size=6), st.integers(1, 5)),
-        min_size=1,
-        max_size=20,
-    ),
-    st.integers(1, 4),
-    st.randoms(use_true_random=False),
-)
-def test_store_sums_the_last_tokens_and_measures_once(asked, part, rng) -> None:
-    """Whatever the order, repeats and parts: values that are made of the tokens come back summed."""
-    measured: list[tuple[int, ...]] = []
-
-    def measure(tokens: torch.Tensor) -> ScoredTokens:
-        assert tokens.shape[1] >= 2
-        measured.extend(map(tuple, tokens.tolist()))
-        values = tokens[:, 1:].double() + tokens[:, :-1] / 8
-        return ScoredTokens(
-            {proxy: values * (index + 1) for index, proxy in enumerate(PROXIES)},
-            {proxy: tokens[:, 1:] > index for index, proxy in enumerate(PROXIES)},
-            (tokens == 5).any(dim=1),
-        )
-
-    requests = [Request(tuple(t), min(n, len(t) - 1)) for t, n in asked]
-    requests += rng.choices(requests, k=3)
-    rng.shuffle(requests)
-    store = ScoreStore(measure, None, part, progress=False)
-    half = len(requests) // 2
-    scores = store.score(requests[:half]) + store.score(requests[half:])
-    for request, score in zip(requests, scores, strict=True):
-        t = request.tokens
-        places = range(len(t) - request.n_scored, len(t))
-        total = sum(t[i] + t[i - 1] / 8 for i in places)
-        for index, proxy in enumerate(PROXIES):
-            assert score.logprob[proxy] == total * (index + 1)
-            assert score.greedy[proxy] == all(t[i] > index for i in places)
-        assert score.violation == (5 in t)
-    assert len(store) == len({(request.tokens, request.n_scored) for request in requests})
-    first = {request.tokens for request in requests[:half]}
-    second = {
-        request.tokens
-        for request in requests[half:]
-        if (request.tokens, request.n_scored)
-        not in {(each.tokens, each.n_scored) for each in requests[:half]}
-    }
-    assert sorted(measured) == sorted([*first, *second])
 
 
 @given(st.lists(st.sampled_from([-1.0, 0.0, 1.0]), min_size=1, max_size=60))
