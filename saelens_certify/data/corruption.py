@@ -71,7 +71,7 @@ def corrupted(
         row[chosen] = choices[(drawn[chosen] * choices.size).astype(np.int64)]
     made = Sequences.from_tokens(torch.from_numpy(tokens), sequences.document_ids, sequences.source)
     return made.with_note(
-        f"tokens but the first and {len(special)} special ids replaced by uniform ones, rate={rate!r} seed={seed}"
+        f"tokens but the first and {len(special)} special ids replaced by uniform ones, rate={rate!r} seed={seed} d_vocab={d_vocab}"
     )
 
 

@@ -175,10 +175,7 @@ def _corrupted_documents(
         return {}
     named = plain
     if config.dependence != "ignore":
-        found = find_clusters(plain)
-        if config.dependence == "refuse":
-            found.refuse()
-        named = one_document_per_cluster(plain, found)
+        named = one_document_per_cluster(plain, find_clusters(plain))
     special = set(special_token_ids(model))
     if plain.source.prepends_bos and plain.source.first_token is not None:
         special.add(plain.source.first_token)  # BOS, also where there is no tokenizer to ask
