@@ -1,4 +1,4 @@
-"""The command line: ``saelens-certify demo | run | compare | plan | verify | schema | info``.
+"""The command line: certificates, experiments, and what to do with finished runs.
 
 Exit codes: 0 done (``run``, ``demo``: whatever the verdict; with ``--require_nonvacuous`` only if the
 certificate is non-vacuous; ``verify``: everything matches), 1 vacuous although required, 2 wrong input or
@@ -31,19 +31,12 @@ from saelens_certify.cli_exit import (
     EXIT_VACUOUS,
     guarded,
 )
-from saelens_certify.cli_run import (
-    Target,
-    add_run_arguments,
-    check_documents,
-    chosen_saes,
-    read_documents,
-)
+from saelens_certify.cli_experiments import add_experiments
+from saelens_certify.cli_run import Target, add_run_arguments, load_inputs
 from saelens_certify.cli_settings import add_settings, config_of
 from saelens_certify.comparison import compare
-from saelens_certify.config_check import check_configs
 from saelens_certify.errors import CertifyError
 from saelens_certify.evidence import CERTIFICATE
-from saelens_certify.models import load_model
 from saelens_certify.report import (
     certificate_figure,
     check_picture,
@@ -53,9 +46,6 @@ from saelens_certify.report import (
     write_picture,
     write_report,
 )
-from saelens_certify.saes.configurations import read_source
-from saelens_certify.saes.loading import open_sae
-from saelens_certify.saes.processing import common_arguments
 from saelens_certify.verification import verify
 from saelens_certify.version import __version__
 
@@ -135,6 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     planned.add_argument("--seed", type=int, default=0, help="seed of the resampling")
     planned.set_defaults(command=_plan)
 
+    add_experiments(commands)
+
     check = commands.add_parser("verify", help="recompute a certificate and compare every hash")
     check.add_argument("folder", type=Path, help="run's folder, or the certificate.json in it")
     check.set_defaults(command=_verify)
@@ -189,39 +181,24 @@ def _demo(options: argparse.Namespace, console: Console) -> int:
 def _run(options: argparse.Namespace, console: Console) -> int:
     config = config_of(options)
     _check_output(options)
-    targets = chosen_saes(options)
-    if len(targets) > 1 and options.picture is not None:
-        raise CertifyError("--picture is for one SAE; each run has its figure in report.html")
-    # What can be wrong is looked at before the model is loaded, and before any SAE's weights are.
-    check_documents(options)
-    saes = [target.source for target in targets]
-    check_configs(saes, None, config)
-    model = load_model(
-        options.model,
-        model_class=options.model_class,
-        device=options.device,
-        dtype=options.llm_dtype,
-        arguments=common_arguments({str(source): read_source(source)[0] for source in saes}),
-    )
-    check_configs(saes, model)
-    documents = read_documents(options, model, config)
-
+    one = "--picture is for one SAE; each run has its figure in report.html"
+    inputs = load_inputs(options, config, one if options.picture is not None else None)
     done: dict[str, Certificate] = {}
 
     def certified(target: Target) -> int:
         certificate = done[str(target.output)] = certify(
-            model,
-            open_sae(target.source, options.device, options.sae_dtype),
-            calibration=documents["calibration"],
-            evaluation=documents["evaluation"],
+            inputs.model,
+            inputs.open(target, options),
+            calibration=inputs.calibration,
+            evaluation=inputs.evaluation,
             config=config,
             output=target.output,
         )
         return _finish(certificate, options, console, target.output)
 
-    if len(targets) == 1:
-        return certified(targets[0])
-    code = _each(targets, certified, console)
+    if len(inputs.targets) == 1:
+        return certified(inputs.targets[0])
+    code = _each(inputs.targets, certified, console)
     if len(done) > 1:
         print_comparison(compare(done), console)
     return code

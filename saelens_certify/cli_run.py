@@ -1,4 +1,4 @@
-"""What ``saelens-certify run`` is about: which SAEs, and which documents."""
+"""What a command is about: which model, which SAEs, and which documents."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from saelens_certify.config import CertifyConfig
+from saelens_certify.config_check import check_configs
 from saelens_certify.data import Sequences, load_documents, split
 from saelens_certify.errors import CertifyError
-from saelens_certify.models import DEMO
+from saelens_certify.models import DEMO, load_model
 from saelens_certify.preparation import sequences_for
 from saelens_certify.saes.checkpoint import check_dtype
+from saelens_certify.saes.configurations import read_source
+from saelens_certify.saes.loading import LoadedSAE, open_sae
+from saelens_certify.saes.processing import common_arguments
 from saelens_certify.saes.sources import SAESpec, matching, parse_spec, sae_folder, sae_folders
 
 
@@ -29,10 +33,33 @@ class Target:
     output: Path
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What the arguments of a command name.
+
+    Attributes:
+        model: The model.
+        targets: The SAEs.
+        calibration: Calibration sequences.
+        evaluation: Evaluation sequences.
+    """
+
+    model: Any
+    targets: list[Target]
+    calibration: Sequences
+    evaluation: Sequences
+
+    def open(self, target: Target, options: argparse.Namespace) -> LoadedSAE:
+        """Open one of the SAEs."""
+        return open_sae(target.source, options.device, options.sae_dtype)
+
+
 def add_run_arguments(run: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``run``, without the settings of the certificate."""
+    """Add the arguments that name model, SAEs and documents, without the settings of the certificate."""
     run.add_argument(
-        "--model", required=True, help=f"hub name, local Hugging Face folder, or '{DEMO}'"
+        "--model",
+        required=True,
+        help=f"hub name, local Hugging Face folder, or '{DEMO}': then bundled SAEs and documents are the default",
     )
     run.add_argument(
         "--sae",
@@ -77,6 +104,56 @@ def add_run_arguments(run: argparse.ArgumentParser) -> None:
     )
 
 
+def load_inputs(
+    options: argparse.Namespace, config: CertifyConfig, only_one: str | None = None
+) -> Inputs:
+    """Load what the options name.
+
+    What can be wrong is looked at before the model is loaded, and before any SAE's weights are.
+
+    Args:
+        options: Options of `add_run_arguments`.
+        config: Settings.
+        only_one: Why there may be one SAE only; None: any number.
+
+    Raises:
+        CertifyError: If something is missing or does not fit.
+    """
+    _fill_in_demo(options, only_one is not None)
+    targets = chosen_saes(options)
+    if only_one is not None and len(targets) > 1:
+        raise CertifyError(f"{only_one} ({len(targets)} are named: {targets[0].source}, …)")
+    check_documents(options)
+    saes = [target.source for target in targets]
+    check_configs(saes, None, config)
+    model = load_model(
+        options.model,
+        model_class=options.model_class,
+        device=options.device,
+        dtype=options.llm_dtype,
+        arguments=common_arguments({str(source): read_source(source)[0] for source in saes}),
+    )
+    check_configs(saes, model)
+    return Inputs(model, targets, **read_documents(options, model, config))
+
+
+def _fill_in_demo(options: argparse.Namespace, one: bool) -> None:
+    """The bundled model comes with SAEs and documents."""
+    if options.model != DEMO:
+        return
+    from saelens_certify import demo
+
+    if options.sae is None and options.sae_regex_pattern is None:
+        folder = demo.ASSETS / "saes"
+        options.sae = str(folder / demo.DEFAULT_SAE if one else folder)
+
+
+def _bundled_documents(options: argparse.Namespace) -> bool:
+    """Whether the bundled model is to be measured on the bundled documents."""
+    named = (options.data, options.calibration, options.evaluation)
+    return options.model == DEMO and not any(named)
+
+
 def chosen_saes(options: argparse.Namespace) -> list[Target]:
     """Return the SAEs that the command names.
 
@@ -106,6 +183,8 @@ def check_documents(options: argparse.Namespace) -> None:
     Raises:
         CertifyError: If not.
     """
+    if _bundled_documents(options):
+        return
     sides = (options.calibration, options.evaluation)
     if (options.data is None) == (None in sides) or (options.data is not None and any(sides)):
         raise CertifyError("give either --data, or both --calibration and --evaluation")
@@ -126,6 +205,18 @@ def read_documents(
     Returns:
         Sequences of ``"calibration"`` and ``"evaluation"``.
     """
+    if _bundled_documents(options):
+        from saelens_certify import demo
+
+        sides = {
+            "calibration": demo.load_sequences("calibration", config.seq_len),
+            "evaluation": demo.load_sequences("evaluation", config.seq_len),
+        }
+        few = options.limit
+        return {
+            name: side if few is None else side.canonical().take(min(few, len(side)))
+            for name, side in sides.items()
+        }
     read: dict[str, Any] = {**_where(options), "limit": options.limit}
     if options.data is not None:
         share = options.calibration_share

@@ -68,7 +68,7 @@ def test_nothing_starts_while_a_configuration_is_refused(
     hub.add_sae(JB, hook(2), make_sae("standard", hook(2)), normalize_activations="layer_morn")
     hub.add_sae(JB, hook(4), make_sae("standard", hook(4)))  # the model has three layers
     monkeypatch.setattr(SAE, "from_pretrained", None)
-    monkeypatch.setattr("saelens_certify.cli.load_model", None)
+    monkeypatch.setattr("saelens_certify.cli_run.load_model", None)
     more = patterns(JB, r"blocks\.[12]\..*")
     assert main(command(kit, tmp_path / "out", *more)) == EXIT_INPUT
     text = capsys.readouterr().err.replace("\n", " ")
