@@ -228,9 +228,9 @@ def _one(row: Row) -> str:
     after = int(_number(row["blocks_after"]))
     if not after:
         return f"{row['name']}: {local:.4f} bits per token at the hook, and no block after it."
-    blocks = "the block" if after == 1 else f"the {after} blocks"
+    blocks = "the block that follows" if after == 1 else f"the {after} blocks that follow"
     said = (
-        f"{row['name']}: {local:.4f} bits per token at the hook, {full:.4f} after {blocks} that follow, a factor of "
+        f"{row['name']}: {local:.4f} bits per token at the hook, {full:.4f} after {blocks}, a factor of "
         f"{2.0**growth:.2f} ({growth:+.2f} doublings, {_number(row['growth_per_block']):+.2f} a block)"
     )
     if row["steepest_step_to"] is None:

@@ -45,6 +45,8 @@ def _without_default(schema: dict[str, Any]) -> None:
 
 def _setting_type(field: dataclasses.Field[Any]) -> Any:
     kind = setting_kind(field)
+    if kind is tuple:
+        return list[int]  # JSON has no tuples
     if field.default is not None:
         return kind
     return (str | float | None) if kind is str else (int | None)

@@ -34,13 +34,14 @@ from saelens_certify.report.table import certificate_tables
 from saelens_certify.saes import adapt
 
 CONFIG = CertifyConfig(
-    seq_len=SEQ_LEN, permutations=4, matched_permutations=3, random_decoders=2, part_sequences=8,
-    progress=False, seed=5,
+    seq_len=SEQ_LEN, permutations=4, matched_permutations=3, random_decoders=2, random_unit_decoders=1,
+    part_sequences=8, progress=False, seed=5,
 )  # fmt: skip
 NAMES = [
     *(f"permuted_{r}" for r in range(4)),
     *(f"matched_{r}" for r in range(3)),
     *(f"random_decoder_{r}" for r in range(2)),
+    "random_unit_decoder_0",
 ]
 CALIBRATION, EVALUATION = make_tokens(30, seed=1), make_tokens(40, seed=2)
 
@@ -191,7 +192,9 @@ def test_controls_are_those_asked_for() -> None:
         assert control["gap"] == pytest.approx(gap, rel=1e-12)
         assert control["risk"] == pytest.approx(losses.mean(), rel=1e-12)
     assert len({round(control["risk"], 6) for control in found.controls.values()}) == len(NAMES)
-    assert first_of_each_kind(NAMES, 1) == ["permuted_0", "matched_0", "random_decoder_0"]
+    assert first_of_each_kind(NAMES, 1) == [
+        "permuted_0", "matched_0", "random_decoder_0", "random_unit_decoder_0",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("batch", [1, 7, 40])
@@ -211,7 +214,7 @@ def test_batches_and_parts_change_nothing(batch: int) -> None:
 
 def test_more_controls_leave_the_others_as_they_are() -> None:
     fewer = run(dataclasses.replace(CONFIG, permutations=1, matched_permutations=2))
-    for name in ("permuted_0", "matched_0", "matched_1", "random_decoder_0", "random_decoder_1"):
+    for name in ("permuted_0", "matched_0", "matched_1", *NAMES[-3:]):
         np.testing.assert_array_equal(
             fewer.column(f"loss_{name}"), reference().column(f"loss_{name}")
         )
@@ -235,14 +238,14 @@ def test_a_run_that_stopped_goes_on_with_the_same_controls(tmp_path: Path) -> No
 
 
 def test_random_decoders_are_refused_before_any_work_where_there_are_no_rows(monkeypatch) -> None:
-    from saelens_certify import certification
+    from saelens_certify import passes, preparation
 
     def fail(*_args: Any, **_kwargs: Any) -> None:
         raise AssertionError("work was done before the check")
 
     adapter = dataclasses.replace(adapt(make_sae()), decoder=None)
-    monkeypatch.setattr(certification, "adapt", lambda _sae: adapter)
-    monkeypatch.setattr(certification, "calibrate", fail)
+    monkeypatch.setattr(preparation, "adapt", lambda _sae: adapter)
+    monkeypatch.setattr(passes, "calibrate", fail)
     with pytest.raises(CertifyError, match="no W_dec of shape.*random_decoders=0"):
         run()
 
@@ -254,11 +257,12 @@ def test_shuffle_tests_are_what_the_evidence_says() -> None:
     found = reference()
     base = found.column("loss_base")
     width = float(loss_range(found.vocab_size, CONFIG.alpha))
-    assert list(found.shuffle_tests) == ["permuted", "matched", "random_decoder"]
+    kinds = ["permuted", "matched", "random_decoder", "random_unit_decoder"]
+    assert list(found.shuffle_tests) == kinds
     for kind, test in found.shuffle_tests.items():
         own = np.abs(base - found.column("loss_sae"))
         others = np.stack(
-            [np.abs(base - found.column(f"loss_{n}")) for n in NAMES if n.startswith(kind)]
+            [np.abs(base - found.column(f"loss_{n}")) for n in NAMES if n[:-2] == kind]
         )
         b = int((others.mean(axis=1) <= own.mean()).sum())
         assert (test.b, test.n_permutations) == (b, len(others))
@@ -293,12 +297,15 @@ def test_the_numbers_go_everywhere(tmp_path: Path) -> None:
     assert "| shuffled within frequency | 3 |" in section
     table = next(t for t in certificate_tables(found) if "Shuffle tests" in str(t.title))
     columns = [list(column.cells) for column in table.columns]
-    assert columns[1] == ["4", "3", "2"]
-    assert columns[-1] == ["alignment", "alignment beyond frequency", "alignment beyond norm"]
+    assert columns[1] == ["4", "3", "2", "1"]
+    assert columns[-1] == [
+        "alignment", "alignment beyond frequency", "alignment beyond norm", "alignment, or norms",
+    ]  # fmt: skip
     curves: Any = certificate_figure(found)
     drawn = [trace.name for trace in curves.data if trace.type == "scatter"]
     assert drawn == [
         "this SAE", "shuffled features (0)", "shuffled within frequency (0)", "random decoder (0)",
+        "random unit decoder (0)",
     ]  # fmt: skip
 
 

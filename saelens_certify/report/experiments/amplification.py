@@ -9,6 +9,8 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
+from saelens_certify.report.terms import sae_labels
+
 _GROWTH, _UNDONE = "#ee6677", "#228833"
 
 
@@ -24,10 +26,14 @@ def amplification_figure(rows: Sequence[Mapping[str, Any]], title: str) -> go.Fi
         marked. Middle: what of it is there at the hook, in the line's colour. Right: how often the blocks
         after it double it.
     """
-    names = list(dict.fromkeys(str(row["name"]) for row in rows))
+    labels = sae_labels({str(row["name"]): str(row["hook"]) for row in rows})
+    rows = [{**row, "name": labels[str(row["name"])]} for row in rows]
+    names = list(labels.values())
     at = [0.9 * i / max(1, len(names) - 1) for i in range(len(names))]
     colours = dict(zip(names, map(str, sample_colorscale("Viridis", at)), strict=True))
-    figure = make_subplots(cols=3, column_widths=[0.42, 0.29, 0.29], horizontal_spacing=0.06)
+    # Names of the SAEs stand between the first two panels.
+    room = min(0.2, 0.03 + 0.006 * max(map(len, names)))
+    figure = make_subplots(cols=3, column_widths=[0.42, 0.29, 0.29], horizontal_spacing=room)
     for name, colour in colours.items():
         _add_line(figure, [row for row in rows if row["name"] == name], colour)
     ends = [row for row in rows if row["horizon"] == "full"]

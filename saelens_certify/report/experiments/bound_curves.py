@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,10 @@ def bound_curves_figure(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     )
     for column, name in enumerate(names, start=1):
         _add_panel(figure, [row for row in rows if row["name"] == name], column)
-    figure.update_xaxes(title="sequences N", type="log", exponentformat="none", dtick="D2")
+    ticks = _round_numbers(min(row["n"] for row in rows), max(row["n"] for row in rows))
+    figure.update_xaxes(
+        title="sequences N", type="log", tickvals=ticks, ticktext=[f"{n:,}" for n in ticks]
+    )
     figure.update_yaxes(rangemode="tozero")
     figure.update_yaxes(title="bits per token", col=1)
     figure.update_layout(
@@ -84,11 +88,27 @@ def _add_panel(figure: go.Figure, rows: Sequence[Mapping[str, Any]], column: int
                 row=1,
                 col=column,
             )  # fmt: skip
-    figure.add_shape(
-        type="line", x0=0, x1=1, xref="x domain", y0=uniform, y1=uniform, opacity=1,
-        line={"dash": "dash", "width": 1.5, "color": "black"}, row=1, col=column,
-    )  # fmt: skip
-    figure.add_annotation(
-        x=0.99, xref="x domain", y=uniform, text=f"uniform guess {uniform:.2f}", showarrow=False,
-        xanchor="right", yanchor="bottom", row=1, col=column,
-    )  # fmt: skip
+    figure.add_trace(
+        go.Scatter(
+            x=[rows[0]["n"], rows[-1]["n"]],
+            y=[uniform, uniform],
+            name="uniform guess (log₂ V)",
+            legendgroup="uniform",
+            showlegend=column == 1,
+            mode="lines",
+            line={"dash": "dash", "width": 1.5, "color": "black"},
+        ),
+        row=1,
+        col=column,
+    )
+
+
+def _round_numbers(low: float, high: float) -> list[int]:
+    """1, 2 and 5 times powers of ten within an interval, and its ends if there are fewer than two."""
+    found = [
+        digit * 10**power
+        for power in range(int(math.log10(high)) + 1)
+        for digit in (1, 2, 5)
+        if low <= digit * 10**power <= high
+    ]
+    return found if len(found) > 1 else sorted({int(low), int(high)})

@@ -86,7 +86,13 @@ def _add_gaps(figure: go.Figure, certificate: Certificate) -> None:
                 legendrank=["sae", *BEYOND].index(kind),
                 showlegend=kind not in seen,
                 mode="lines",
-                line={"color": _COLOURS[kind], "width": 3 if kind == "sae" else 1.4, "shape": "hv"},
+                line={
+                    "color": _COLOURS[kind],
+                    "width": 3 if kind == "sae" else 1.4,
+                    "shape": "hv",
+                    # Where the SAE's rows have norm 1 it lies on the other kind of random decoder.
+                    "dash": "dash" if kind == "random_unit_decoder" else "solid",
+                },
                 hovertemplate=f"{name}: %{{y:.1%}} of sequences within %{{x:.3g}} bits<extra></extra>",
             ),
             row=1,
@@ -110,10 +116,11 @@ def _add_gaps(figure: go.Figure, certificate: Certificate) -> None:
 def _add_errors(figure: go.Figure, certificate: Certificate, name: str, row: int) -> None:
     errors = np.stack(list(certificate.column(f"{name}_error_permutations"))).mean(axis=0)
     own = float(certificate.column(name).mean())
+    largest = 1.06 * max(float(errors.max()), own)
     figure.add_trace(
         go.Histogram(
             x=errors,
-            nbinsx=15,
+            xbins={"start": 0, "end": largest, "size": largest / 70},
             marker_color=_COLOURS["permuted"],
             name=f"{len(errors)} permutations, errors only",
             legendgroup="errors",
@@ -133,7 +140,7 @@ def _add_errors(figure: go.Figure, certificate: Certificate, name: str, row: int
     )  # fmt: skip
     figure.update_xaxes(
         title="mean squared error, per token" if row == 2 else None,
-        range=[0, 1.06 * max(float(errors.max()), own)],
+        range=[0, largest],
         row=row,
         col=2,
     )
