@@ -71,6 +71,14 @@ def layer_of(hook: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def shortened(label: str, most: int = 20) -> str:
+    """Return a label with its middle left out, if it is longer than an axis bears."""
+    if len(label) <= most:
+        return label
+    end = (most - 1) // 2
+    return f"{label[: most - 1 - end]}…{label[-end:]}"
+
+
 def sae_labels(hooks: Mapping[str, str]) -> dict[str, str]:
     """Return what SAEs are called beside each other.
 

@@ -297,11 +297,12 @@ def test_the_picture_shows_the_rows() -> None:
 
 
 def test_pictures_of_saes_that_layers_do_not_tell_apart() -> None:
-    certificates = {
-        name: synthetic.certificate(seed=i) for i, name in enumerate(("wide", "narrow"))
-    }
+    names = ("wide", "a-release/blocks.1.hook_resid_post", "narrow")
+    certificates = {name: synthetic.certificate(seed=i) for i, name in enumerate(names)}
     figure: Any = layer_experiment(certificates).figure
-    assert list(figure.data[0].x) == ["wide", "narrow"]
+    assert list(figure.data[0].x) == [0, 1, 2]
+    assert list(figure.layout.xaxis.ticktext) == ["wide", "a-release/…esid_post", "narrow"]
+    assert names[1] in {trace.name for trace in figure.data}
 
 
 def test_names() -> None:

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from saelens_certify.certificate import Certificate
+from saelens_certify.report.terms import shortened
 
 _COLOURS = {"M": "#8c8c8c", "S∘M": "#4477aa", "h_G": "#ee6677"}
 # Title of the axis, and for each model the column of the evidence.
@@ -60,7 +61,7 @@ def fidelity_figure(certificates: Mapping[str, Certificate]) -> go.Figure:
     one = next(iter(certificates.values()))
     figure.update_xaxes(
         tickvals=list(range(len(labels))),
-        ticktext=labels,
+        ticktext=[shortened(label) for label in labels],
         range=[-0.6, len(labels) - 0.4],
         automargin=True,
     )

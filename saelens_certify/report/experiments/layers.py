@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 
 from saelens_certify.certificate import Certificate
 from saelens_certify.curves import Curve, any_time_curves, fixed_curves
-from saelens_certify.report.terms import bound_label, term_label
+from saelens_certify.report.terms import bound_label, shortened, term_label
 
 if TYPE_CHECKING:
     from saelens_certify.experiments.result import Row
@@ -30,6 +30,8 @@ _LINES: dict[str, dict[str, Any]] = {
 _TERMS = {"risk_base": "#bbbbbb", "lost": "#4477aa", "gap": "#ee6677", "mismatch": "#ccbb44"}
 _UPPER = ((0.0, 0.325), (0.58, 0.845))
 _PANELS = ("u_sae_occam", "u_sae", "sharp_betting", "sharp_measured")
+
+_MARKS = "Marks: first N below log2 V; open: found by looking, descriptive; filled: valid there"
 
 
 def layers_figure(
@@ -83,7 +85,13 @@ def layers_figure(
         margin={"t": 90, "b": 90, "l": 65, "r": 30},
         legend={"x": _UPPER[0][1] + 0.01, "y": 1.0, "yanchor": "top"},
         legend2={"x": _UPPER[1][1] + 0.01, "y": 1.0, "yanchor": "top", "traceorder": "reversed"},
-        legend3={"orientation": "h", "x": 0, "y": -0.075, "yanchor": "top"},
+        legend3={
+            "orientation": "h",
+            "x": 0,
+            "y": -0.1,
+            "yanchor": "top",
+            "title": {"text": _MARKS, "side": "top", "font": {"size": 13}},
+        },
     )
     return figure
 
@@ -166,7 +174,7 @@ def _add_curves(
     grid: Sequence[int] | None,
 ) -> None:
     uniform = _largest(rows, "uniform")
-    lowest = uniform
+    unit, lowest = next(iter(certificates.values())).unit, uniform
     for row, colour in zip(rows, _shades(len(rows)), strict=True):
         certificate = certificates[str(row["name"])]
         curves = fixed_curves(certificate, _PANELS[:2], grid)
@@ -181,7 +189,7 @@ def _add_curves(
             line={"color": "black", "dash": "dot", "width": 1.5}, row=2, col=column,
         )  # fmt: skip
         figure.update_xaxes(
-            title="N, sequences", type="log", dtick=1, exponentformat="none", row=2, col=column
+            title=f"N, {unit}", type="log", dtick=1, exponentformat="none", row=2, col=column
         )
         figure.update_yaxes(
             title="bits per token" if column == 1 else None,
@@ -234,7 +242,9 @@ def _positions(rows: Sequence[Row]) -> tuple[list[Any], dict[str, Any]]:
     """Where SAEs stand on an axis: at their layers, or by name where these do not tell them apart."""
     layers = [row["layer"] for row in rows]
     if None in layers or len(set(layers)) < len(layers):
-        return [str(row["label"]) for row in rows], {"title": "SAE", "type": "category"}
+        places = list(range(len(rows)))
+        names = [shortened(str(row["label"])) for row in rows]
+        return places, {"title": "SAE", "tickvals": places, "ticktext": names}
     return layers, {"title": "layer", "tickvals": layers}
 
 
