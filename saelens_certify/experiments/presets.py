@@ -31,7 +31,7 @@ from saelens_certify.experiments.sensitivity import sensitivity
 from saelens_certify.experiments.shift import distribution_shift
 from saelens_certify.experiments.shuffling import feature_shuffling
 from saelens_certify.experiments.tasks import downstream_tasks
-from saelens_certify.models import load_model
+from saelens_certify.models import DEMO, load_model
 from saelens_certify.saes.configurations import read_source
 from saelens_certify.saes.loading import LoadedSAE, open_sae
 from saelens_certify.saes.processing import common_arguments
@@ -68,6 +68,7 @@ def run_preset(
     calibration_sequences: int | None = None,
     evaluation_sequences: int | None = None,
     questions: int | None = None,
+    tasks: Sequence[Any] | None = None,
     include_path: str | Path | None = None,
     device: str | None = None,
     output: str | Path | None = None,
@@ -80,13 +81,15 @@ def run_preset(
         model: What takes the place of all its models: a hub name, a folder, ``"demo"``, or a TransformerLens
             model. None: the published ones, one after another.
         saes: Its SAEs, by name or in a list. An experiment about one SAE is run for each of them.
-        calibration: Calibration documents, as for `certify`, in place of the published data set.
+        calibration: Calibration documents, as for `certify`, in place of the published data set; with the bundled
+            model the default is the bundled documents.
         evaluation: Evaluation documents, given together with calibration.
         calibration_sequences: Number of calibration sequences in place of the published one; also if there are
             fewer documents.
         evaluation_sequences: The same of evaluation. Numbers that are shares of the documents follow; see
             `Preset.replaced`.
         questions: Number of questions of each task in place of the published one.
+        tasks: Tasks in place of the published ones, as for `downstream_tasks`.
         include_path: A folder of further task files.
         device: Torch device of models that are loaded; None: a GPU if there is one.
         output: Folder of the results: one folder below it for each experiment. A run that was killed goes on where
@@ -107,8 +110,11 @@ def run_preset(
         calibration=calibration_sequences,
         evaluation=evaluation_sequences,
         questions=questions,
+        tasks=tasks,
         **settings,
     )
+    if isinstance(model, str) and model == DEMO and calibration is None and evaluation is None:
+        calibration, evaluation = _bundled_documents(preset)
     _check_data(preset, calibration, evaluation)
     # All configurations are looked at before any weights are.
     for source in preset.models:
@@ -270,6 +276,12 @@ def _one_by_one(
 
 def _below(folder: Path | None, ready: _Ready, key: str) -> Path | None:
     return None if folder is None else folder / f"{ready.source.slug}-{key}"
+
+
+def _bundled_documents(preset: Preset) -> list[Any]:
+    from saelens_certify import demo
+
+    return [demo.load_sequences(s, preset.config.seq_len) for s in ("calibration", "evaluation")]
 
 
 def _check_data(preset: Preset, calibration: Any, evaluation: Any) -> None:

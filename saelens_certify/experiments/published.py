@@ -142,7 +142,7 @@ class Preset:
     ks: tuple[int, ...] = ()
     horizons: tuple[int, ...] = ()
     rates: tuple[float, ...] = ()
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[Any, ...] = ()
     questions: int | None = None
     permutations: int = 0
     config: CertifyConfig = PROTOCOL
@@ -162,6 +162,7 @@ class Preset:
         calibration: int | None = None,
         evaluation: int | None = None,
         questions: int | None = None,
+        tasks: Sequence[Any] | None = None,
         scale: float | None = None,
         **settings: Any,
     ) -> Preset:
@@ -177,7 +178,8 @@ class Preset:
             calibration: Number of calibration sequences.
             evaluation: Number of evaluation sequences.
             questions: Number of questions of each task.
-            scale: In place of the three: how many for each published one.
+            tasks: In place of the published ones.
+            scale: In place of the three numbers: how many for each published one.
             **settings: Fields of `CertifyConfig` to set otherwise (speed, seed, progress; the published ones are
                 what makes it this preset).
 
@@ -212,6 +214,8 @@ class Preset:
             changes |= {"evaluation_sequences": evaluation, "grid": _scaled(self.grid, share)}
         if questions is not None and self.questions is not None:
             changes["questions"] = questions
+        if tasks is not None and self.tasks:
+            changes["tasks"] = tuple(tasks)
         return dataclasses.replace(self, **changes)
 
 
