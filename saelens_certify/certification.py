@@ -96,7 +96,7 @@ def certify(
     if output is not None:
         folder, manifest = RunFolder.open(output, manifest)
         check_seal(folder)
-    calibrated = _calibrate(engine, prepared.adapter, documents[0], config, folder)
+    calibrated = calibrate_folder(engine, prepared.adapter, documents[0], config, folder)
     certificate = _evaluate(engine, prepared.adapter, manifest, calibrated, draws, config, folder)
     if folder is not None:
         with reading(folder.path):
@@ -126,14 +126,25 @@ def read_sides(
     return found[0], found[1]
 
 
-def _calibrate(
+def calibrate_folder(
     engine: ForwardEngine,
     adapter: SAEAdapter,
     sequences: Sequences,
     config: CertifyConfig,
     folder: RunFolder | None,
 ) -> Calibration:
-    """Calibrate part by part, going on after what the folder already has."""
+    """Calibrate part by part, going on after what the folder already has.
+
+    Args:
+        engine: The model.
+        adapter: The SAE.
+        sequences: Calibration sequences in the order of their hashes.
+        config: Settings.
+        folder: Where the calibration is kept; None: nowhere.
+
+    Raises:
+        EvidenceError: If the folder holds a calibration of something else.
+    """
     readers = {_NAME: Reader(adapter, config)}
     so_far = empty_calibration(engine, readers[_NAME])
     found = None if folder is None else folder.load_calibration()

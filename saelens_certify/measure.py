@@ -152,10 +152,12 @@ class TokenOutputs:
     Attributes:
         logprob: Natural log-probability of token t + 1 given tokens 0 .. t, not smoothed.
         greedy: Whether that token is the most likely one.
+        run: On which sequences the variant was run; on the others it is S∘M.
     """
 
     logprob: Float64[Tensor, "n_sequences predicted"]
     greedy: Bool[Tensor, "n_sequences predicted"]
+    run: Bool[Tensor, " n_sequences"]
 
 
 def token_outputs(
@@ -178,43 +180,48 @@ def token_outputs(
         For each subject, by the variant's name (``"base"`` is the model itself). A variant that is S∘M on
         some sequences has its predictions there.
     """
-    collected: dict[str, dict[str, list[TokenOutputs]]] = {name: {} for name in subjects}
+    collected: dict[str, dict[str, list[_Predictions]]] = {name: {} for name in subjects}
     for batch in _batches(engine, tokens, config):
         base = _base_pass(engine, subjects, batch)
+        everywhere = torch.arange(len(batch))
         unpatched = FinalState(base.tokens, base.final)
-        of_base = TokenOutputs(*prediction_statistics(engine, unpatched, config))
+        of_base = _predictions(engine, unpatched, everywhere, config)
         for states in _states(engine, subjects, base, config, special_ids):
             found = {
-                key: TokenOutputs(*prediction_statistics(engine, final, config))
+                key: _predictions(engine, final, states.runs[key].rows.cpu(), config)
                 for key, final in states.finals.items()
             }
             for name, subject in states.subjects.items():
                 parts, of_sae = collected[name], found[run_key(subject, subject.variants[0])]
-                parts.setdefault("base", []).append(of_base)
+                parts.setdefault("base", []).append(_over(of_base, of_base))
                 for variant in subject.variants:
-                    key = run_key(subject, variant)
-                    rows = states.runs[key].rows.cpu()
-                    whole = _filled(of_sae, found[key], rows)
-                    parts.setdefault(variant.name, []).append(whole)
+                    of_variant = found[run_key(subject, variant)]
+                    parts.setdefault(variant.name, []).append(_over(of_sae, of_variant))
     return {
         name: {
-            variant: TokenOutputs(
-                torch.cat([part.logprob for part in parts]),
-                torch.cat([part.greedy for part in parts]),
-            )
+            variant: TokenOutputs(*map(torch.cat, zip(*parts, strict=True)))
             for variant, parts in variants.items()
         }
         for name, variants in collected.items()
     }
 
 
-def _filled(
-    everywhere: TokenOutputs, some: TokenOutputs, rows: Int[Tensor, " rows"]
-) -> TokenOutputs:
-    """Put the predictions of some sequences among those of all."""
-    logprob, greedy = everywhere.logprob.clone(), everywhere.greedy.clone()
-    logprob[rows], greedy[rows] = some.logprob, some.greedy
-    return TokenOutputs(logprob, greedy)
+_Predictions = tuple[Tensor, Tensor, Tensor]  # as in TokenOutputs, but for the last: rows
+
+
+def _predictions(
+    engine: ForwardEngine, state: FinalState, rows: Int[Tensor, " rows"], config: CertifyConfig
+) -> _Predictions:
+    return *prediction_statistics(engine, state, config), rows
+
+
+def _over(of_sae: _Predictions, some: _Predictions) -> _Predictions:
+    """Put the predictions of some sequences over those of S∘M on all."""
+    logprob, greedy, rows = of_sae[0].clone(), of_sae[1].clone(), some[2]
+    logprob[rows], greedy[rows] = some[0], some[1]
+    run = torch.zeros(len(logprob), dtype=torch.bool)
+    run[rows] = True
+    return logprob, greedy, run
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saelens_certify.certificate import Certificate
+from saelens_certify.certification import calibrate_folder
 from saelens_certify.config import CertifyConfig
 from saelens_certify.data import Sequences
 from saelens_certify.errors import CertifyError
@@ -27,7 +28,6 @@ from saelens_certify.manifest import (
     settings_sha256,
 )
 from saelens_certify.measure import token_outputs
-from saelens_certify.passes import calibration_pass, empty_calibration
 from saelens_certify.pool import Calibration
 from saelens_certify.positions import special_token_ids
 from saelens_certify.preflight import warn_about_bos
@@ -38,8 +38,7 @@ from saelens_certify.preparation import (
     sequences_for,
     try_out,
 )
-from saelens_certify.saes import SAEAdapter
-from saelens_certify.subject import Reader, Subject
+from saelens_certify.subject import Subject
 from saelens_certify.version import __version__
 
 _NAME = "sae"
@@ -98,7 +97,7 @@ def proxy_scores(
     engine, _ = try_out(engine, {_NAME: prepared}, probe, [config])
     folder = None if output is None else RunFolder.open(output, manifest)[0]
     if isinstance(source, Sequences):
-        source = _calibrate(engine, prepared.adapter, source, config, folder)
+        source = calibrate_folder(engine, prepared.adapter, source, config, folder)
     return _store(engine, Subject.of(prepared.adapter, source, config), config, folder)
 
 
@@ -194,29 +193,6 @@ def _typical_tokens(
     return tokens
 
 
-def _calibrate(
-    engine: ForwardEngine,
-    adapter: SAEAdapter,
-    sequences: Sequences,
-    config: CertifyConfig,
-    folder: RunFolder | None,
-) -> Calibration:
-    """Calibrate part by part, going on after what the folder already has."""
-    readers = {_NAME: Reader(adapter, config)}
-    so_far = empty_calibration(engine, readers[_NAME])
-    found = None if folder is None else folder.load_calibration()
-    if folder is not None and found is not None:
-        found.check_resumable(so_far, len(sequences), sequences.seq_len, str(folder.path))
-        so_far = found
-
-    def keep(_name: str, _done: int, total: Calibration) -> None:
-        if folder is not None:
-            folder.save_calibration(total)
-
-    done = {_NAME: (so_far.n_sequences, so_far)}
-    return calibration_pass(engine, readers, sequences, config, so_far=done, keep=keep)[_NAME]
-
-
 def _store(
     engine: ForwardEngine, subject: Subject, config: CertifyConfig, folder: RunFolder | None
 ) -> ScoreStore:
@@ -227,8 +203,7 @@ def _store(
         return ScoredTokens(
             logprob={name: outputs[name].logprob for name in PROXIES},
             greedy={name: outputs[name].greedy for name in PROXIES},
-            # Without a violation h_G is S∘M, exactly: its predictions are copies.
-            violation=(outputs["pool"].logprob != outputs["sae"].logprob).any(dim=1),
+            violation=outputs["pool"].run,
         )
 
     where = None if folder is None else folder.path / _SCORES

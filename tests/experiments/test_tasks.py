@@ -27,7 +27,7 @@ from experiments.task_world import (
     tokens_of,
     write_endings,
 )
-from saelens_certify import CertifyConfig, CertifyError, EvidenceError, certify, demo
+from saelens_certify import CertifyConfig, CertifyError, EvidenceError, certification, certify, demo
 from saelens_certify.experiments.result import Experiment
 from saelens_certify.experiments.tasks import (
     _value,
@@ -195,7 +195,8 @@ def test_killed_run_goes_on_where_it_stopped(
     assert 0 < kept < total
     counted.clear()
     with monkeypatch.context() as context:
-        context.setattr(scoring, "calibration_pass", _never_with_work(scoring.calibration_pass))
+        real = certification.calibration_pass
+        context.setattr(certification, "calibration_pass", _never_with_work(real))
         again = run(tasks, small, output=output)
     assert sum(counted) == total - kept
     assert again.rows == finished[0].rows
