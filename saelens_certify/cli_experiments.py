@@ -163,94 +163,67 @@ def _saes(inputs: Inputs, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _shuffle(options: argparse.Namespace, console: Console) -> int:
-    config = config_of(options)
-    inputs = load_inputs(options, config, _ONE)
-    experiment = feature_shuffling(
-        inputs.model,
-        inputs.open(inputs.targets[0], options),
-        **_sides(inputs),
-        permutations=config.permutations,
-        error_permutations=config.error_permutations,
-        matched_permutations=config.matched_permutations,
-        random_decoders=config.random_decoders,
-        random_unit_decoders=config.random_unit_decoders,
-        config=config,
-        output=options.output,
+    names = (
+        "permutations", "error_permutations", "matched_permutations", "random_decoders", "random_unit_decoders",
+    )  # fmt: skip
+    return _about_one(
+        feature_shuffling, options, console, **{n: getattr(options, n) for n in names}
     )
-    return _finish(experiment, options, console)
 
 
 def _layers(options: argparse.Namespace, console: Console) -> int:
-    config = config_of(options)
-    inputs = load_inputs(options, config)
-    experiment = layer_sweep(
-        inputs.model,
-        _saes(inputs, options),
-        **_sides(inputs),
-        config=config,
-        grid=options.grid,
-        output=options.output,
-    )
-    return _finish(experiment, options, console)
+    return _about_several(layer_sweep, options, console, grid=options.grid)
 
 
 def _fidelity(options: argparse.Namespace, console: Console) -> int:
-    config = config_of(options)
-    inputs = load_inputs(options, config)
-    experiment = measure_fidelity(
-        inputs.model, _saes(inputs, options), **_sides(inputs), config=config, output=options.output
-    )
-    return _finish(experiment, options, console)
+    return _about_several(measure_fidelity, options, console)
 
 
 def _amplification(options: argparse.Namespace, console: Console) -> int:
+    return _about_several(error_amplification, options, console, horizons=options.horizons)
+
+
+def _about_several(
+    experiment: Callable[..., Experiment],
+    options: argparse.Namespace,
+    console: Console,
+    **more: Any,
+) -> int:
+    """Run an experiment on all SAEs that are named."""
     config = config_of(options)
     inputs = load_inputs(options, config)
-    experiment = error_amplification(
-        inputs.model,
-        _saes(inputs, options),
-        **_sides(inputs),
-        horizons=config.horizons,
-        config=config,
-        output=options.output,
-    )
-    return _finish(experiment, options, console)
+    sides = {"calibration": inputs.calibration, "evaluation": inputs.evaluation}
+    saes = _saes(inputs, options)
+    found = experiment(inputs.model, saes, **sides, **more, config=config, output=options.output)
+    return _finish(found, options, console)
+
+
+def _about_one(
+    experiment: Callable[..., Experiment],
+    options: argparse.Namespace,
+    console: Console,
+    **more: Any,
+) -> int:
+    """Run an experiment on the SAE that is named."""
+    config = config_of(options)
+    inputs = load_inputs(options, config, _ONE)
+    sides = {"calibration": inputs.calibration, "evaluation": inputs.evaluation}
+    sae = inputs.open(inputs.targets[0], options)
+    found = experiment(inputs.model, sae, **sides, **more, config=config, output=options.output)
+    return _finish(found, options, console)
 
 
 def _sensitivity(options: argparse.Namespace, console: Console) -> int:
-    config = config_of(options)
-    varied = {
-        name: getattr(options, name)
-        for name in ("ks", "budgets", "budget_tokens", "taus", "alphas", "lengths")
-    }
+    names = ("ks", "budgets", "budget_tokens", "taus", "alphas", "lengths")
+    varied = {name: getattr(options, name) for name in names}
     if not any(varied.values()):
         raise CertifyError(f"nothing is varied: give one or more of --{', --'.join(varied)}")
-    inputs = load_inputs(options, config, _ONE)
-    experiment = sensitivity(
-        inputs.model,
-        inputs.open(inputs.targets[0], options),
-        **_sides(inputs),
-        **varied,
-        config=config,
-        output=options.output,
-    )
-    return _finish(experiment, options, console)
+    return _about_one(sensitivity, options, console, **varied)
 
 
 def _shift(options: argparse.Namespace, console: Console) -> int:
-    config = config_of(options)
     others = _others(options.other)
-    inputs = load_inputs(options, config, _ONE)
-    experiment = distribution_shift(
-        inputs.model,
-        inputs.open(inputs.targets[0], options),
-        **_sides(inputs),
-        rates=options.rates,
-        others=others,
-        config=config,
-        output=options.output,
-    )
-    return _finish(experiment, options, console)
+    return _about_one(distribution_shift, options, console, rates=options.rates, others=others)
 
 
 def _others(named: list[str]) -> dict[str, str]:
@@ -313,10 +286,6 @@ def _published(options: argparse.Namespace, console: Console) -> int:
         print_experiment(experiment, console)
     console.print(f"results: {options.output}", markup=False, highlight=False, soft_wrap=True)
     return EXIT_DONE
-
-
-def _sides(inputs: Inputs) -> dict[str, Any]:
-    return {"calibration": inputs.calibration, "evaluation": inputs.evaluation}
 
 
 def _finish(experiment: Experiment, options: argparse.Namespace, console: Console) -> int:

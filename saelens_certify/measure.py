@@ -1,30 +1,27 @@
 """The one engine: tokens once, the model once per batch, each SAE once, each variant one suffix.
 
-`calibrate` sees how often each feature is active; `measure` yields the evidence, sequence by sequence;
-`token_outputs` the predictions, token by token.
+`calibrate` sees how often each feature is active; `measure` yields the evidence, sequence by sequence. The
+predictions themselves, token by token: `predictions.token_outputs`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Mapping
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
 from saelens_certify import ops
 from saelens_certify.config import CertifyConfig
-from saelens_certify.forward import BasePass, FinalState, ForwardEngine
-from saelens_certify.horizons import horizon_blocks, horizon_columns
+from saelens_certify.forward import BasePass, ForwardEngine
+from saelens_certify.horizons import horizon_columns
 from saelens_certify.outputs import (
     TokenValues,
     VariantState,
     output_statistics,
-    prediction_statistics,
     smoothed_again,
 )
 from saelens_certify.per_token import PerToken
@@ -35,15 +32,12 @@ from saelens_certify.runs import (
     Run,
     RunKey,
     concatenate,
-    encode_batch,
     encoded_together,
     run_key,
-    run_suffixes,
 )
 from saelens_certify.saes import Coding
-from saelens_certify.subject import Reader, Subject, encoding_key
-
-Who = TypeVar("Who", Reader, Subject)
+from saelens_certify.states import States, base_pass, batch_states, batches, by_width, encoded_alike
+from saelens_certify.subject import Reader, Subject
 
 
 def calibrate(
@@ -75,14 +69,14 @@ def calibrate(
         for name, r in readers.items()
     }
     start = 0
-    for batch in _batches(engine, tokens, config):
+    for batch in batches(engine, tokens, config):
         activations = engine.capture(batch, hooks)
-        for group in _encoded_alike(readers):
+        for group in encoded_alike(readers):
             one = next(iter(group.values()))
             adapter, coding = one.adapter, Coding.parse(one.config.coding)
             coded = coded_positions(batch, one.config.positions, special_ids).to(adapter.device)
-            x = _by_width(activations[adapter.input_hook], adapter.d_in, adapter.device)
-            y = _by_width(activations[adapter.output_hook], adapter.d_out, adapter.device)
+            x = by_width(activations[adapter.input_hook], adapter.d_in, adapter.device)
+            y = by_width(activations[adapter.output_hook], adapter.d_out, adapter.device)
             counted = {
                 name: _counted(reader, coded, slice(start, start + len(batch)))
                 for name, reader in group.items()
@@ -137,156 +131,16 @@ def measure(
         also ``kl_h0``, …: divergences read out so many blocks after the patched one.
     """
     collected: dict[str, list[Columns]] = {name: [] for name in subjects}
-    for batch in _batches(engine, tokens, config):
-        base = _base_pass(engine, subjects, batch)
-        for states in _states(engine, subjects, base, config, special_ids):
+    for batch in batches(engine, tokens, config):
+        base = base_pass(engine, subjects, batch)
+        for states in batch_states(engine, subjects, base, config, special_ids):
             for name, columns in _evidence(engine, base, states, config).items():
                 collected[name].append(columns)
     return {name: concatenate(parts) for name, parts in collected.items()}
 
 
-@dataclass(frozen=True)
-class TokenOutputs:
-    """A model's predictions of the tokens of some sequences.
-
-    Attributes:
-        logprob: Natural log-probability of token t + 1 given tokens 0 .. t, not smoothed.
-        greedy: Whether that token is the most likely one.
-        run: On which sequences the variant was run; on the others it is S∘M.
-    """
-
-    logprob: Float64[Tensor, "n_sequences predicted"]
-    greedy: Bool[Tensor, "n_sequences predicted"]
-    run: Bool[Tensor, " n_sequences"]
-
-
-def token_outputs(
-    engine: ForwardEngine,
-    subjects: Mapping[str, Subject],
-    tokens: Int[Tensor, "n_sequences pos"],
-    config: CertifyConfig,
-    special_ids: tuple[int, ...] = (),
-) -> dict[str, dict[str, TokenOutputs]]:
-    """Return the predictions of the model and of every variant, token by token.
-
-    Args:
-        engine: The model.
-        subjects: SAEs with their settings, pools and variants, as in `measure`.
-        tokens: Sequences of one length.
-        config: Settings of the pass (batches, operators).
-        special_ids: Ids of special tokens (for ``positions="no_bos"``).
-
-    Returns:
-        For each subject, by the variant's name (``"base"`` is the model itself). A variant that is S∘M on
-        some sequences has its predictions there.
-    """
-    collected: dict[str, dict[str, list[_Predictions]]] = {name: {} for name in subjects}
-    for batch in _batches(engine, tokens, config):
-        base = _base_pass(engine, subjects, batch)
-        everywhere = torch.arange(len(batch))
-        unpatched = FinalState(base.tokens, base.final)
-        of_base = _predictions(engine, unpatched, everywhere, config)
-        for states in _states(engine, subjects, base, config, special_ids):
-            found = {
-                key: _predictions(engine, final, states.runs[key].rows.cpu(), config)
-                for key, final in states.finals.items()
-            }
-            for name, subject in states.subjects.items():
-                parts, of_sae = collected[name], found[run_key(subject, subject.variants[0])]
-                parts.setdefault("base", []).append(_over(of_base, of_base))
-                for variant in subject.variants:
-                    of_variant = found[run_key(subject, variant)]
-                    parts.setdefault(variant.name, []).append(_over(of_sae, of_variant))
-    return {
-        name: {
-            variant: TokenOutputs(*map(torch.cat, zip(*parts, strict=True)))
-            for variant, parts in variants.items()
-        }
-        for name, variants in collected.items()
-    }
-
-
-_Predictions = tuple[Tensor, Tensor, Tensor]  # as in TokenOutputs, but for the last: rows
-
-
-def _predictions(
-    engine: ForwardEngine, state: FinalState, rows: Int[Tensor, " rows"], config: CertifyConfig
-) -> _Predictions:
-    return *prediction_statistics(engine, state, config), rows
-
-
-def _over(of_sae: _Predictions, some: _Predictions) -> _Predictions:
-    """Put the predictions of some sequences over those of S∘M on all."""
-    logprob, greedy, rows = of_sae[0].clone(), of_sae[1].clone(), some[2]
-    logprob[rows], greedy[rows] = some[0], some[1]
-    run = torch.zeros(len(logprob), dtype=torch.bool)
-    run[rows] = True
-    return logprob, greedy, run
-
-
-@dataclass(frozen=True)
-class _States:
-    """Subjects that share codes, on one batch: what was run for them, and how it ended.
-
-    Attributes:
-        subjects: The subjects, by name.
-        coded: Positions that the SAE codes.
-        columns: What their codes say.
-        runs: All variants that were run.
-        finals: Their states after the last block.
-    """
-
-    subjects: dict[str, Subject]
-    coded: Bool[Tensor, "batch pos"]
-    columns: dict[str, Columns]
-    runs: dict[RunKey, Run]
-    finals: dict[RunKey, FinalState]
-
-
-def _base_pass(
-    engine: ForwardEngine, subjects: Mapping[str, Subject], batch: Int[Tensor, "batch pos"]
-) -> BasePass:
-    adapters = [subject.adapter for subject in subjects.values()]
-    return engine.base(
-        batch,
-        {hook for a in adapters for hook in (a.input_hook, a.output_hook)},
-        {a.output_hook for a in adapters},
-        {
-            block
-            for subject in subjects.values()
-            for block in horizon_blocks(engine, subject).values()
-        },
-    )
-
-
-def _states(
-    engine: ForwardEngine,
-    subjects: Mapping[str, Subject],
-    base: BasePass,
-    config: CertifyConfig,
-    special_ids: tuple[int, ...],
-) -> Iterator[_States]:
-    """Run every variant on one batch: for one group of subjects that share codes after another."""
-    for group in _encoded_alike(subjects):
-        one = next(iter(group.values()))
-        adapter = one.adapter
-        coded = coded_positions(base.tokens, one.config.positions, special_ids).to(adapter.device)
-        x = _by_width(base.activations[adapter.input_hook], adapter.d_in, adapter.device)
-        y = _by_width(base.activations[adapter.output_hook], adapter.d_out, adapter.device)
-        columns, runs = encode_batch(group, x, y, coded, config)
-        blocks = {
-            block
-            for subject in group.values()
-            for block in horizon_blocks(engine, subject).values()
-        }
-        finals = run_suffixes(
-            engine, base, adapter.output_hook, list(runs.values()), config, sorted(blocks)
-        )
-        yield _States(group, coded, columns, runs, dict(zip(runs, finals, strict=True)))
-
-
 def _evidence(
-    engine: ForwardEngine, base: BasePass, states: _States, config: CertifyConfig
+    engine: ForwardEngine, base: BasePass, states: States, config: CertifyConfig
 ) -> dict[str, Columns]:
     """Compare all predictions with the model's and reduce them to one value per sequence."""
     variants = [
@@ -304,7 +158,7 @@ def _evidence(
 def _columns(
     engine: ForwardEngine,
     base: BasePass,
-    states: _States,
+    states: States,
     name: str,
     loss_base: TokenValues,
     outputs: Mapping[RunKey, Mapping[str, TokenValues]],
@@ -358,14 +212,6 @@ def _column(key: str, variant: str) -> str:
     return key if variant == "sae" and key != "loss" else f"{key}_{variant}"
 
 
-def _encoded_alike(who: Mapping[str, Who]) -> list[dict[str, Who]]:
-    """Group those that read one SAE by one coding rule at the same positions."""
-    groups: dict[Hashable, dict[str, Who]] = {}
-    for name, each in who.items():
-        groups.setdefault(encoding_key(each), {})[name] = each
-    return list(groups.values())
-
-
 def _rows_of(reader: Reader, batch: slice) -> Bool[Tensor, " batch"] | None:
     """Which sequences of a batch a reader counts; None: all."""
     return None if reader.rows is None else reader.rows[batch]
@@ -394,19 +240,5 @@ def _activation_sums(
     return sums, counts.to(torch.int64)
 
 
-def _by_width(
-    activation: Float[Tensor, "batch pos ..."], width: int, device: torch.device
-) -> Float[Tensor, "batch pos width"]:
-    """Take an activation to float32; heads of a 4-dimensional one are joined, as SAELens does."""
-    flat = activation.reshape(*activation.shape[:2], width)
-    return flat.to(device=device, dtype=torch.float32)
-
-
 def _slices(n: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, n, size)]
-
-
-def _batches(
-    engine: ForwardEngine, tokens: Int[Tensor, "n pos"], config: CertifyConfig
-) -> Sequence[Tensor]:
-    return torch.split(tokens, max(1, config.tokens_per_pass(engine.device) // tokens.shape[1]))

@@ -27,9 +27,9 @@ from saelens_certify.manifest import (
     parameters_sha256,
     settings_sha256,
 )
-from saelens_certify.measure import token_outputs
 from saelens_certify.pool import Calibration
 from saelens_certify.positions import special_token_ids
+from saelens_certify.predictions import token_outputs
 from saelens_certify.preflight import warn_about_bos
 from saelens_certify.preparation import (
     PROBE_SEQUENCES,

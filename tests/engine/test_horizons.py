@@ -22,7 +22,8 @@ from engine.builders import (
 from saelens_certify import CertifyConfig, CertifyError, certify
 from saelens_certify.forward import ForwardEngine, Strategy
 from saelens_certify.horizons import blocks_after
-from saelens_certify.measure import calibrate, measure, token_outputs
+from saelens_certify.measure import calibrate, measure
+from saelens_certify.predictions import token_outputs
 from saelens_certify.saes import adapt
 from saelens_certify.subject import Reader, Subject
 

@@ -243,7 +243,11 @@ def test_impossible_requests(folder) -> None:
     write_endings(folder, "writing", output_type="generate_until", metric_list=None)
     write_endings(folder, "reading", output_type="loglikelihood_rolling", metric_list=None)
     own: dict[str, Any] = {"include_path": folder}
-    refused("'writing' is of type 'generate_until': it wants generated text.*multiple_choice", tasks=["writing"], **own)
+    refused(
+        "'writing' is of type 'generate_until': it wants generated text.*multiple_choice",
+        tasks=["writing"],
+        **own,
+    )
     refused("'reading' is of type 'loglikelihood_rolling'", tasks=["reading"], **own)
     refused("no metric 'f2'; it has .*'acc'", tasks=["endings"], metric="f2", **own)
     refused("at least one task, got 'endings'", tasks="endings", **own)

@@ -66,9 +66,9 @@ def shift_figure(rows: Sequence[Row]) -> go.Figure:
         title=f"Distribution shift: one pool of {rows[0]['pool_size']:,} features, other evaluation documents",
         template="simple_white",
         barmode="stack",
-        width=1250 if curves else 800,
+        width=1420 if curves else 800,
         height=560,
-        margin={"t": 90, "b": 110, "l": 65, "r": 30},
+        margin={"t": 90, "b": 110, "l": 65, "r": 200 if curves else 30},
         legend={
             "orientation": "h",
             "x": 0,
@@ -78,12 +78,11 @@ def shift_figure(rows: Sequence[Row]) -> go.Figure:
             "entrywidth": 210,
         },
         legend2={
-            "x": 1,
-            "xanchor": "right",
-            "y": 0.02,
-            "yanchor": "bottom",
+            "x": 1.01,
+            "xanchor": "left",
+            "y": 1,
+            "yanchor": "top",
             "traceorder": "normal",
-            "bgcolor": "rgba(255,255,255,0.7)",
         },
     )
     return figure
