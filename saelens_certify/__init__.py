@@ -13,7 +13,7 @@ from saelens_certify.errors import CertifyError, EvidenceError
 from saelens_certify.version import __version__
 
 if TYPE_CHECKING:
-    from saelens_certify import bounds, ops, saes
+    from saelens_certify import bounds, experiments, ops, saes
     from saelens_certify.certificate import Certificate
     from saelens_certify.certification import certify
     from saelens_certify.comparison import Comparison, compare
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from saelens_certify.integrations.transformer_lens import proxy_hooks
     from saelens_certify.monitor import Monitor
+    from saelens_certify.study import Setting, View, certify_many
     from saelens_certify.verification import Verification, verify
 
 __all__ = [
@@ -39,15 +40,19 @@ __all__ = [
     "EvidenceError",
     "Monitor",
     "Sequences",
+    "Setting",
     "Verification",
+    "View",
     "__version__",
     "as_sequences",
     "bounds",
     "build_info",
     "certify",
+    "certify_many",
     "check_config",
     "check_configs",
     "compare",
+    "experiments",
     "ops",
     "proxy_hooks",
     "register",
@@ -58,7 +63,7 @@ __all__ = [
     "verify",
 ]
 
-_MODULES = ("bounds", "ops", "saes")
+_MODULES = ("bounds", "experiments", "ops", "saes")
 _HOMES = {
     "Certificate": "certificate",
     "CertifyConfig": "config",
@@ -66,9 +71,12 @@ _HOMES = {
     "Comparison": "comparison",
     "Monitor": "monitor",
     "Sequences": "data",
+    "Setting": "study",
     "Verification": "verification",
+    "View": "study",
     "as_sequences": "data",
     "certify": "certification",
+    "certify_many": "study",
     "check_config": "config_check",
     "check_configs": "config_check",
     "compare": "comparison",

@@ -105,7 +105,9 @@ def add_experiments(commands: Any) -> None:
     tasks.add_argument(
         "--tasks", nargs="+", default=PAPER_TASKS, help="tasks of lm-evaluation-harness"
     )
-    tasks.add_argument("--metric", default="acc", help="'acc' (published) or 'acc_norm'")
+    tasks.add_argument(
+        "--metric", default="acc", help="'acc' (by log-probability) or 'acc_norm' (per character)"
+    )
     tasks.add_argument("--questions", type=int, help="at most so many questions of each task")
     tasks.add_argument("--num_fewshot", type=int, help="solved examples in each prompt")
     tasks.add_argument("--include_path", type=Path, help="folder of further task files")
@@ -128,8 +130,12 @@ def add_experiments(commands: Any) -> None:
     published.add_argument("--evaluation", help="evaluation documents, together with --calibration")
     published.add_argument("--calibration_sequences", type=int, help="how many to read")
     published.add_argument("--evaluation_sequences", type=int, help="how many to read")
+    published.add_argument("--tasks", nargs="+", help="tasks in place of the published ones")
     published.add_argument("--questions", type=int, help="questions of each task")
     published.add_argument("--include_path", type=Path, help="folder of further task files")
+    published.add_argument(
+        "--progress", action=argparse.BooleanOptionalAction, default=True, help="show progress bars"
+    )
     published.add_argument("--device", help="torch device (default: a GPU if there is one)")
     published.add_argument("--output", type=Path, required=True, help="folder of the results")
     published.set_defaults(command=_published)
@@ -262,24 +268,20 @@ def _tasks(options: argparse.Namespace, console: Console) -> int:
 
 
 def _published(options: argparse.Namespace, console: Console) -> int:
-    calibration, evaluation = options.calibration, options.evaluation
-    if options.model == DEMO and calibration is None and evaluation is None:
-        from saelens_certify import demo
-
-        calibration = demo.load_sequences("calibration")
-        evaluation = demo.load_sequences("evaluation")
     found = run_preset(
         options.preset,
         model=options.model,
         saes=options.sae,
-        calibration=calibration,
-        evaluation=evaluation,
+        calibration=options.calibration,
+        evaluation=options.evaluation,
         calibration_sequences=options.calibration_sequences,
         evaluation_sequences=options.evaluation_sequences,
         questions=options.questions,
+        tasks=options.tasks,
         include_path=options.include_path,
         device=options.device,
         output=options.output,
+        progress=options.progress,
     )
     for name, experiment in found.items():
         console.rule(escape(name))

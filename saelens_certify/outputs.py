@@ -166,7 +166,8 @@ def prediction_statistics(
     """
     n_sequences, length = state.tokens.shape
     group = max(1, config.logits_tokens(state.residual.shape[-1], engine.d_vocab) // (length - 1))
-    logprob, greedy = _empty(n_sequences, length), torch.empty(n_sequences, length - 1).bool()
+    logprob = _empty(n_sequences, length)
+    greedy = torch.empty(n_sequences, length - 1, dtype=torch.bool, device="cpu")
     for start in range(0, n_sequences, group):
         part = slice(start, start + group)
         logits = engine.logits(state, part)

@@ -55,7 +55,7 @@ def token_outputs(
     collected: dict[str, dict[str, list[_Predictions]]] = {name: {} for name in subjects}
     for batch in batches(engine, tokens, config):
         base = base_pass(engine, subjects, batch)
-        everywhere = torch.arange(len(batch))
+        everywhere = torch.arange(len(batch), device="cpu")
         unpatched = FinalState(base.tokens, base.final)
         of_base = _predictions(engine, unpatched, everywhere, config)
         for states in batch_states(engine, subjects, base, config, special_ids):
@@ -91,6 +91,6 @@ def _over(of_sae: _Predictions, some: _Predictions) -> _Predictions:
     """Put the predictions of some sequences over those of S∘M on all."""
     logprob, greedy, rows = of_sae[0].clone(), of_sae[1].clone(), some[2]
     logprob[rows], greedy[rows] = some[0], some[1]
-    run = torch.zeros(len(logprob), dtype=torch.bool)
+    run = torch.zeros(len(logprob), dtype=torch.bool, device="cpu")
     run[rows] = True
     return logprob, greedy, run

@@ -226,7 +226,8 @@ def _renamed(name: str, permutation: Int[Tensor, " d_sae"], key: Hashable) -> Va
     Raises:
         CertifyError: If two features would get one direction: support sizes would not be preserved.
     """
-    if not torch.equal(permutation.sort().values.long(), torch.arange(len(permutation))):
+    everyone = torch.arange(len(permutation), device=permutation.device)
+    if not torch.equal(permutation.sort().values.long(), everyone):
         raise CertifyError(f"{name} is no permutation of {len(permutation)} features")
     return Variant(
         name, lambda codes: codes.features.map_indices(permutation), key, keeps_support=True

@@ -109,8 +109,8 @@ class CalibrationPlace:
     def save(self, done: int, calibration: Calibration) -> None:
         """Keep the calibration after so many sequences were read."""
         tensors = {field: getattr(calibration, field).contiguous() for field in _FIELDS}
-        tensors[_DONE] = torch.tensor(done)
-        tensors["n_sequences"] = torch.tensor(calibration.n_sequences)
+        tensors[_DONE] = torch.tensor(done, device="cpu")
+        tensors["n_sequences"] = torch.tensor(calibration.n_sequences, device="cpu")
         write_atomically(self.file, safetensors.torch.save(tensors))
 
 

@@ -91,7 +91,8 @@ class _Member:
         return encoding_key(self.reader), self.setting.calibration.length, rows
 
     def _mask(self) -> torch.Tensor:
-        mask = torch.zeros(len(self.setting.calibration.sequences), dtype=torch.bool)
+        n = len(self.setting.calibration.sequences)
+        mask = torch.zeros(n, dtype=torch.bool, device="cpu")
         mask[self.calibration.rows] = True
         return mask
 
@@ -240,7 +241,8 @@ def _member(
         drawn[key] = independent_draws(calibration.sequences, evaluation.sequences, config)
     draws = drawn[key]
     row_of = dict(zip(evaluation.sequences.hashes, evaluation.rows.tolist(), strict=True))
-    rows = torch.tensor([row_of[own] for own in draws.sequences.hashes], dtype=torch.int64)
+    found = [row_of[own] for own in draws.sequences.hashes]
+    rows = torch.tensor(found, dtype=torch.int64, device="cpu")
     return _Member(name, setting, prepared, calibration, draws, rows)
 
 

@@ -60,7 +60,7 @@ class Seen:
             raise CertifyError(
                 f"a view of the first {view.first} sequences, of {len(read)}: give 1 to {len(read)}, or more documents"
             )
-        rows = torch.arange(n)
+        rows = torch.arange(n, device="cpu")
         found = read if n == len(read) else read.take(n)
         if view.length is not None and view.length != read.seq_len:
             if not 2 <= view.length <= read.seq_len:
@@ -75,7 +75,7 @@ class Seen:
         if view.length in (None, read.seq_len):
             return cls(found, rows)
         kept = sorted(first_of)
-        rows = torch.tensor([first_of[own] for own in kept], dtype=torch.int64)
+        rows = torch.tensor([first_of[own] for own in kept], dtype=torch.int64, device="cpu")
         copies = len(found) - len(set(found.hashes))
         source = dataclasses.replace(found.source, n_duplicates=found.source.n_duplicates + copies)
         selected = dataclasses.replace(found.select(rows), source=source)

@@ -17,15 +17,13 @@ from typing import Any, Literal
 import numpy as np
 
 from saelens_certify.certificate import Certificate
-from saelens_certify.certification import read_sides
 from saelens_certify.config import CertifyConfig
 from saelens_certify.errors import CertifyError
-from saelens_certify.experiments.naming import named_saes
 from saelens_certify.experiments.result import Experiment, Row
+from saelens_certify.experiments.running import certify_saes, saved
 from saelens_certify.forward import locate
 from saelens_certify.report.experiments.amplification import amplification_figure
 from saelens_certify.report.terms import layer_of
-from saelens_certify.study import Setting, View, certify_many
 
 KIND = "error_amplification"
 
@@ -137,12 +135,8 @@ def error_amplification(
     config = CertifyConfig.check(config)
     wanted = tuple(sorted({0, *horizons}))
     config = dataclasses.replace(config, horizons=wanted)
-    named = named_saes(saes)
-    sides = read_sides(model, calibration, evaluation, config)
-    views = View(sides[0]), View(sides[1])
-    settings = {name: Setting(sae, *views, config) for name, sae in named.items()}
-    folder = None if output is None else Path(output)
-    certificates = certify_many(model, settings, output=folder)
+    documents = {"calibration": calibration, "evaluation": evaluation}
+    certificates = certify_saes(model, saes, **documents, config=config, output=output)
     rows = amplification_rows(certificates)
     name = next(iter(certificates.values())).manifest["model"]["name"]
     title = f"Error amplification: {name}"
@@ -154,9 +148,7 @@ def error_amplification(
         findings=amplification_findings(rows),
         figure=amplification_figure(rows, title),
     )
-    if folder is not None:
-        experiment.save(folder)
-    return experiment
+    return saved(experiment, output)
 
 
 def amplification_rows(certificates: Mapping[str, Certificate]) -> tuple[Row, ...]:

@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from saelens_certify.certificate import Certificate
-from saelens_certify.certification import read_sides
 from saelens_certify.config import CertifyConfig
 from saelens_certify.curves import Curve, any_time_curves, check_grid, fixed_curves
 from saelens_certify.errors import CertifyError
-from saelens_certify.experiments.naming import named_saes
 from saelens_certify.experiments.result import Experiment, Row
+from saelens_certify.experiments.running import certify_saes, saved
 from saelens_certify.report.experiments.bound_curves import bound_curves_figure
 from saelens_certify.report.terms import bound_label
-from saelens_certify.study import Setting, View, certify_many
 
 KIND = "bound_curves"
 
@@ -57,14 +55,9 @@ def bound_curves(
     config = CertifyConfig.check(config)
     if grid is not None:
         check_grid(grid)
-    opened = named_saes(saes)
-    sides = [View(side) for side in read_sides(model, calibration, evaluation, config)]
-    settings = {name: Setting(sae, sides[0], sides[1], config) for name, sae in opened.items()}
-    folder = None if output is None else Path(output)
-    experiment = bound_curves_experiment(certify_many(model, settings, output=folder), grid)
-    if folder is not None:
-        experiment.save(folder)
-    return experiment
+    documents = {"calibration": calibration, "evaluation": evaluation}
+    certificates = certify_saes(model, saes, **documents, config=config, output=output)
+    return saved(bound_curves_experiment(certificates, grid), output)
 
 
 def bound_curves_experiment(

@@ -21,16 +21,14 @@ import numpy as np
 
 from saelens_certify.bounds import Risk, risk_interval
 from saelens_certify.certificate import Certificate
-from saelens_certify.certification import read_sides
 from saelens_certify.config import CertifyConfig
 from saelens_certify.errors import CertifyError
-from saelens_certify.experiments.naming import named_saes
 from saelens_certify.experiments.result import Experiment, Row
+from saelens_certify.experiments.running import certify_saes, saved
 from saelens_certify.report.experiments.fidelity import fidelity_figure
 from saelens_certify.report.terms import layer_of, sae_labels
 from saelens_certify.rounding import percent, rounded_down, rounded_up
 from saelens_certify.saes.coding import Coding
-from saelens_certify.study import Setting, View, certify_many
 
 KIND = "output_fidelity"
 
@@ -67,14 +65,9 @@ def measure_fidelity(
         CertifyError: Before any long work, for no SAEs, or as `certify` raises.
     """
     config = CertifyConfig.check(config)
-    opened = named_saes(saes)
-    sides = [View(side) for side in read_sides(model, calibration, evaluation, config)]
-    settings = {name: Setting(sae, sides[0], sides[1], config) for name, sae in opened.items()}
-    folder = None if output is None else Path(output)
-    experiment = output_fidelity(certify_many(model, settings, output=folder))
-    if folder is not None:
-        experiment.save(folder)
-    return experiment
+    documents = {"calibration": calibration, "evaluation": evaluation}
+    certificates = certify_saes(model, saes, **documents, config=config, output=output)
+    return saved(output_fidelity(certificates), output)
 
 
 def output_fidelity(certificates: Mapping[str, Certificate] | Certificate) -> Experiment:

@@ -16,16 +16,15 @@ from scipy import stats
 
 from saelens_certify.bounds import asymptotic_floor, floor_sequence, sharp_floor
 from saelens_certify.certificate import Certificate
-from saelens_certify.certification import read_sides
 from saelens_certify.config import CertifyConfig
 from saelens_certify.curves import any_time_curves, check_grid, fixed_curves
 from saelens_certify.errors import CertifyError
 from saelens_certify.experiments.naming import named_saes
 from saelens_certify.experiments.result import Experiment, Row
+from saelens_certify.experiments.running import certify_saes, saved
 from saelens_certify.report.experiments.layers import layers_figure
 from saelens_certify.report.terms import bound_label, layer_of, sae_labels
 from saelens_certify.rounding import percent
-from saelens_certify.study import Setting, View, certify_many
 
 KIND = "layer_sweep"
 
@@ -76,13 +75,9 @@ def layer_sweep(
     if simultaneous:
         together = max(config.simultaneous, len(opened))
         config = dataclasses.replace(config, simultaneous=together)
-    sides = [View(side) for side in read_sides(model, calibration, evaluation, config)]
-    settings = {name: Setting(sae, sides[0], sides[1], config) for name, sae in opened.items()}
-    folder = None if output is None else Path(output)
-    experiment = layer_experiment(certify_many(model, settings, output=folder), grid)
-    if folder is not None:
-        experiment.save(folder)
-    return experiment
+    documents = {"calibration": calibration, "evaluation": evaluation}
+    certificates = certify_saes(model, opened, **documents, config=config, output=output)
+    return saved(layer_experiment(certificates, grid), output)
 
 
 def layer_experiment(

@@ -68,7 +68,7 @@ def downstream_tasks(
         calibration: Calibration documents, as for `certify`: their active features are the pool of h_G.
         pool: In place of them: a certificate of this model and SAE, whose pool is used.
         tasks: Tasks of the harness (see `load_tasks`); the published ones by default.
-        metric: A metric of these tasks that lies between 0 and 1 on each question: ``"acc"`` (published),
+        metric: A metric of these tasks that lies between 0 and 1 on each question: ``"acc"`` (by log-probability),
             ``"acc_norm"`` (log-probability per character).
         config: Settings; published: ``CertifyConfig(coding="topk:64")``. Each interval spends delta /
             simultaneous. None: those of the certificate, or the default ones.
