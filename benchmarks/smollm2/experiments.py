@@ -189,10 +189,10 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     warnings.simplefilter("ignore", DeprecationWarning)
     output = options.output or options.cache_dir / "smollm2" / "experiments"
-    started = time.perf_counter()
+    started, machine = time.perf_counter(), environment()
     found = run_all(QUICK if options.quick else Size(), output, options.cache_dir)
     results = {
-        "environment": environment(),
+        "environment": machine,
         "seconds": time.perf_counter() - started,
         "experiments": {
             name: {

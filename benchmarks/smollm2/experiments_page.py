@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,15 @@ from saelens_certify.report.experiments.table import main_columns
 
 PAGE = "experiments-smollm2.md"
 
+_LONG = 12  # rows beyond which a table is folded
+
 _ABOUT = {
     "layer_sweep": "Certificates of the SAEs at six layers, from one calibration pass and one evaluation pass.",
     "output_fidelity": "The same certificates: how far the predictions of S∘M and h_G are from the model's.",
     "error_amplification": "Divergence from the model read out some blocks after the patched one by the model's own final norm and "
     "unembedding, and after all blocks.",
     "feature_shuffling": "The SAE at a late layer against copies of it in which only the alignment of features with directions is "
-    "random.",
+    "random. Its decoder rows have norm 1, so both kinds of random decoder are the same here.",
     "sensitivity": "The same SAE: one setting after another, all from one calibration pass and one evaluation pass.",
     "distribution_shift": "The same SAE and the same pool on corrupted documents, on random tokens and on Python code.",
     "downstream_tasks": "The same SAE on a multiple-choice task by lm-evaluation-harness: which of four endings is the passage's own? "
@@ -55,13 +57,16 @@ def page(results: Mapping[str, Any]) -> str:
         "",
         "Written by `python -m benchmarks.smollm2.experiments --json benchmarks/results/smollm2-experiments.json --docs docs`",
         f"on {machine['date']}: {machine['cores']} cores ({machine['processor']}), torch {machine['versions']['torch']}, "
-        f"{results['seconds'] / 60:.0f} minutes for everything once the SAEs are in the cache. Sentences are made from the",
+        f"{results['seconds'] / 60:.0f} minutes for everything once the SAEs are in the cache, at commit "
+        f"{machine['commit'][:7]}. Sentences are made from the",
         "numbers. The SAEs are small ones that were trained in under a minute each (d_sae 2,304, k = 32, 63,000 tokens), so",
         "this shows what the experiments say, not what good SAEs of this model could do.",
         "",
     ]
+    lines += ["## Against the paper", "", *_against_the_paper(results), ""]
     for name, found in results["experiments"].items():
         labels, cells = main_columns(name, found["rows"])
+        long = len(cells) > _LONG
         lines += [
             f"## {found['title']}",
             "",
@@ -71,9 +76,26 @@ def page(results: Mapping[str, Any]) -> str:
             "",
             *(f"- {finding}" for finding in found["findings"]),
             "",
-            "| " + " | ".join(labels) + " |",
+            *(["<details><summary>Table</summary>", ""] if long else []),
+            _line(labels),
             "|---" + "|---:" * (len(labels) - 1) + "|",
-            *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells),
+            *map(_line, cells),
             "",
+            *(["</details>", ""] if long else []),
         ]
     return "\n".join(lines)
+
+
+def _against_the_paper(results: Mapping[str, Any]) -> list[str]:
+    """The findings that compare with the paper's."""
+    return [
+        f"- {found['title'].partition(':')[0]}: {finding}"
+        for found in results["experiments"].values()
+        for finding in found["findings"]
+        if "paper" in finding
+    ]
+
+
+def _line(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
