@@ -49,7 +49,7 @@ def add_experiments(commands: Any) -> None:
         _shuffle,
         "the SAE against copies of it with shuffled features and with random decoders",
         {
-            "permutations": 4,
+            "permutations": 19,
             "error_permutations": 100,
             "random_decoders": 1,
             "random_unit_decoders": 1,

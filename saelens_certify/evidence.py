@@ -28,6 +28,8 @@ MANIFEST = "manifest.json"
 CALIBRATION = "calibration.safetensors"
 EVIDENCE = "evidence"
 CERTIFICATE = "certificate.json"
+SEQUENCE = "sequence"
+"""Column with the content hash of a sequence."""
 CLUSTER = "cluster"
 """Column with the name of the cluster of a sequence that repeats others; null for all others."""
 CLUSTER_SIZE = "cluster_size"
@@ -82,7 +84,7 @@ def with_names(
     cluster_sizes: Sequence[int] | None = None,
 ) -> pa.Table:
     """Put the names of the sequences before what was measured on them; arguments as in `to_table`."""
-    named = {"sequence": pa.array(sequence_ids), "document": pa.array(document_ids)}
+    named = {SEQUENCE: pa.array(sequence_ids), "document": pa.array(document_ids)}
     if clusters is not None:
         named[CLUSTER] = pa.array(clusters, type=pa.string())
         named[CLUSTER_SIZE] = pa.array(cluster_sizes, type=pa.int64())

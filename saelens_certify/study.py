@@ -30,12 +30,15 @@ from saelens_certify.passes import calibration_pass, empty_calibration, evaluati
 from saelens_certify.pool import Calibration
 from saelens_certify.preparation import PROBE_SEQUENCES, Prepared, prepare, try_out
 from saelens_certify.schedule import part_slices
-from saelens_certify.scratch import CalibrationPlace, Scratch
+from saelens_certify.scratch import FOLDER, CalibrationPlace, EvaluationPlace, Scratch
 from saelens_certify.sealing import check_seal
 from saelens_certify.subject import Reader, Subject, encoding_key
 from saelens_certify.views import Seen, View
 
 __all__ = ["Setting", "View", "certify_many"]
+
+# How files end that an experiment writes beside the runs' folders.
+_RESULTS = (".csv", ".json", ".html", ".png", ".parquet")
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +148,7 @@ def certify_many(
                     certificate.save(folders[name].path)
             certificates[name] = certificate
     if scratch is not None:
-        scratch.remove()
+        scratch.remove(_places(pending, scratch))
     return {name: certificates[name] for name in settings}
 
 
@@ -164,9 +167,14 @@ def _check_settings(settings: Mapping[str, Setting]) -> None:
         raise CertifyError("a study needs at least one setting")
     folders: dict[str, str] = {}
     for name in settings:
-        other = folders.setdefault(folder_name(name), name)
-        if other != name or folder_name(name) in (".", ".."):
+        folder = folder_name(name)
+        other = folders.setdefault(folder, name)
+        if other != name:
             raise CertifyError(f"settings {other!r} and {name!r} would share a folder; rename one")
+        if folder in ("", ".", "..", FOLDER) or len(folder) > 200 or folder.endswith(_RESULTS):
+            raise CertifyError(
+                f"a setting cannot be called {name!r}: a folder of that name would be in the way of other results; rename it"
+            )
     first_name, first = next(iter(settings.items()))
     for name, setting in settings.items():
         config = CertifyConfig.check(setting.config, f"config of {name!r}")
@@ -322,6 +330,20 @@ def _keep(places: Mapping[str, CalibrationPlace], name: str, done: int, total: C
         places[name].save(done, total)
 
 
+def _places(
+    members: Mapping[str, _Member], scratch: Scratch
+) -> list[CalibrationPlace | EvaluationPlace]:
+    """Everything that these members keep in the scratch."""
+    return [
+        place
+        for name, member in members.items()
+        for place in (
+            scratch.calibration(name, member.reader),
+            scratch.evaluation(name, member.setting.evaluation.sequences),
+        )
+    ]
+
+
 def _evaluate(
     engine: ForwardEngine,
     members: Mapping[str, _Member],
@@ -347,12 +369,12 @@ def _evaluate(
 
     def kept(index: int, name: str) -> pa.Table | None:
         place = places[name]
-        return None if place is None else place.read(index)
+        return None if place is None else place.read(index, sequences.hashes[parts[index]])
 
     def made(index: int, name: str, columns: Columns) -> pa.Table:
         table, place = measured_table(columns), places[name]
         if place is not None:
-            place.write(index, table)
+            place.write(index, sequences.hashes[parts[index]], table)
         return table
 
     tables = list(

@@ -28,6 +28,12 @@ class View:
     first: int | None = None
     length: int | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.sequences, Sequences):
+            raise CertifyError(
+                f"a View is of Sequences, got {type(self.sequences).__name__}; as_sequences(...) makes them"
+            )
+
 
 @dataclass(frozen=True, eq=False)
 class Seen:

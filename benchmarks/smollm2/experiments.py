@@ -15,7 +15,7 @@ import sysconfig
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     found = run_all(QUICK if options.quick else Size(), output, options.cache_dir)
     results = {
         "environment": machine,
+        "size": asdict(QUICK if options.quick else Size()),
         "seconds": time.perf_counter() - started,
         "experiments": {
             name: {

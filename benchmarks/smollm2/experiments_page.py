@@ -70,7 +70,7 @@ def page(results: Mapping[str, Any]) -> str:
         lines += [
             f"## {found['title']}",
             "",
-            f"{_ABOUT[name]} ({found['seconds']:.0f} s)",
+            f"{_ABOUT[name]} {_size(name, results['size'])} ({found['seconds']:.0f} s)",
             "",
             f"![{found['title']}]({picture(name)})",
             "",
@@ -84,6 +84,24 @@ def page(results: Mapping[str, Any]) -> str:
             *(["</details>", ""] if long else []),
         ]
     return "\n".join(lines)
+
+
+_SIZES = {
+    "layer_sweep": "layers",
+    "output_fidelity": "layers",
+    "error_amplification": "amplification",
+    "feature_shuffling": "shuffling",
+    "sensitivity": "sensitivity",
+    "distribution_shift": "shift",
+}
+
+
+def _size(name: str, size: Mapping[str, int]) -> str:
+    """How many documents an experiment was made of."""
+    calibration = f"{size['calibration']:,} calibration sequences"
+    if name not in _SIZES:
+        return f"{calibration}, {size['questions']:,} questions."
+    return f"{calibration}, N = {size[_SIZES[name]]:,} evaluation sequences."
 
 
 def _against_the_paper(results: Mapping[str, Any]) -> list[str]:

@@ -209,6 +209,11 @@ def amplification_findings(rows: Sequence[Row]) -> tuple[str, ...]:
     """Say what the rows say: by SAE, and what tells layers apart."""
     ends = [row for row in rows if row["horizon"] == FULL]
     said = [_one(row) for row in ends]
+    said.append(
+        "Measured on these sequences, without confidence limits. Read-outs between blocks go through the final norm and "
+        "unembedding, for which those residuals were not made: they locate growth."
+    )
+    ends = [row for row in ends if _number(row["blocks_after"]) > 0]  # elsewhere nothing can grow
     layers = [_number(row["layer"]) for row in ends if row["layer"] is not None]
     if len(set(layers)) > 1 and len(layers) == len(ends):
         said.append(_across(ends))

@@ -56,7 +56,7 @@ def bound_curves(
     if grid is not None:
         check_grid(grid)
     documents = {"calibration": calibration, "evaluation": evaluation}
-    certificates = certify_saes(model, saes, **documents, config=config, output=output)
+    certificates = certify_saes(model, saes, **documents, config=config, output=output, grid=grid)
     return saved(bound_curves_experiment(certificates, grid), output)
 
 

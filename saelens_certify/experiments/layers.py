@@ -8,10 +8,12 @@ they become one table: bounds, what they are made of, the first N at which each 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from scipy import stats
 
 from saelens_certify.bounds import asymptotic_floor, floor_sequence, sharp_floor
@@ -24,7 +26,7 @@ from saelens_certify.experiments.result import Experiment, Row
 from saelens_certify.experiments.running import certify_saes, saved
 from saelens_certify.report.experiments.layers import layers_figure
 from saelens_certify.report.terms import bound_label, layer_of, sae_labels
-from saelens_certify.rounding import percent
+from saelens_certify.rounding import percent, rounded_up
 
 KIND = "layer_sweep"
 
@@ -32,8 +34,9 @@ PUBLISHED = ("u_sae", "u_sae_occam")
 SHARP = ("sharp_betting", "sharp_measured", "sharp_occam")
 BOUNDS = (*PUBLISHED, *SHARP, "sharp_occam_tau")
 
-# Rank correlations between these say neither that bounds fall with depth nor that they rise.
-_TREND = 0.5
+# Of a trend with depth: the largest p-value that shows one, and up to how many values all orders are tried.
+_SIGNIFICANT = 0.05
+_ALL_ORDERS = 8
 
 
 def layer_sweep(
@@ -76,7 +79,7 @@ def layer_sweep(
         together = max(config.simultaneous, len(opened))
         config = dataclasses.replace(config, simultaneous=together)
     documents = {"calibration": calibration, "evaluation": evaluation}
-    certificates = certify_saes(model, opened, **documents, config=config, output=output)
+    certificates = certify_saes(model, opened, **documents, config=config, output=output, grid=grid)
     return saved(layer_experiment(certificates, grid), output)
 
 
@@ -222,7 +225,7 @@ def _who_certifies(names: Sequence[str], rows: Sequence[Row]) -> list[str]:
         who = "none of" if not below else "all" if len(below) == len(rows) else f"{len(below)} of"
         listed = f": {', '.join(below)}" if 0 < len(below) < len(rows) else ""
         best = [
-            f"{bound_label(name)} ({_number(row, name):.2f} at {row['label']})"
+            f"{bound_label(name)} ({rounded_up(_number(row, name), 2):.2f} at {row['label']})"
             for name in which
             for row in [min((r for r in rows if _given(r, name)), key=lambda r: _number(r, name))]
         ]  # fmt: skip
@@ -242,21 +245,46 @@ def _trends(names: Sequence[str], rows: Sequence[Row]) -> list[str]:
         values = [_number(row, name) for row in inside]
         if len(set(layers)) < 3 or len(set(values)) < 2:
             continue
-        found: Any = stats.spearmanr(layers, values)
-        correlation = float(found.statistic)
-        if correlation <= -_TREND:
-            verdict = "Later layers are easier to certify, as the paper found"
-        elif correlation >= _TREND:
-            verdict = "Later layers are harder to certify, against the paper's finding"
-        else:
+        correlation, p_value = rank_correlation(layers, values)
+        if p_value > _SIGNIFICANT:
             verdict = (
-                "No trend with depth, against the paper's finding that later layers are easier"
+                "No trend with depth is shown (the paper found later layers easier to certify)"
             )
-        verdicts.setdefault(verdict, []).append(f"{bound_label(name)} ({correlation:+.2f})")
+        elif correlation < 0:
+            verdict = "Later layers are easier to certify, as the paper found"
+        else:
+            verdict = "Later layers are harder to certify, against the paper's finding"
+        said = f"{bound_label(name)} ({correlation:+.2f}, p = {p_value:.2g})"
+        verdicts.setdefault(verdict, []).append(said)
     return [
-        f"{verdict}: {'; '.join(which)}. In brackets Spearman's correlation of bound and layer."
+        f"{verdict}: {'; '.join(which)}. In brackets Spearman's correlation of bound and layer over {len(rows)} SAEs, "
+        "and its two-sided p-value; SAEs also differ in quality."
         for verdict, which in verdicts.items()
     ]
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """Return Spearman's rank correlation and its two-sided permutation p-value.
+
+    Args:
+        x: Values.
+        y: Values of the same things.
+
+    Returns:
+        The correlation, and the share of orders of ``y`` whose correlation is at least as large in size: of all orders
+        up to 8 values, else of 20,000 random ones and this one.
+    """
+    ranks = [stats.rankdata(values) for values in (x, y)]
+    a, b = (each - each.mean() for each in ranks)
+    scale = float(np.sqrt((a @ a) * (b @ b)))
+    observed = float(a @ b) / scale
+    if len(b) <= _ALL_ORDERS:
+        orders = np.array(list(itertools.permutations(range(len(b)))))
+    else:
+        rng = np.random.default_rng(0)
+        orders = np.stack([np.arange(len(b)), *(rng.permutation(len(b)) for _ in range(20_000))])
+    others = b[orders] @ a / scale
+    return observed, float(np.mean(np.abs(others) >= abs(observed) - 1e-12))
 
 
 def _never(rows: Sequence[Row]) -> list[str]:
@@ -287,12 +315,17 @@ def _first_numbers(rows: Sequence[Row]) -> list[str]:
     said = []
     for name in (*PUBLISHED, "sharp_betting", "sharp_measured"):
         suffix = "" if name in PUBLISHED else "_any_time"
-        kind = "descriptive: N was found by looking" if name in PUBLISHED else "valid there"
+        kind = (
+            "descriptive: N was found by looking"
+            if name in PUBLISHED
+            else "valid there, for each SAE and bound by itself"
+        )
+        which = bound_label(name) + (", looked at all the time," if suffix else "")
         key = f"first_n_{name}{suffix}"
         inside = [row for row in rows if row[key] is not None]
         if inside:
             at = ", ".join(f"{_number(row, key):,.0f} ({row['label']})" for row in inside)
-            said.append(f"First N at which {bound_label(name)} certifies: {at}; {kind}.")
+            said.append(f"First of the N looked at where {which} certifies: {at}; {kind}.")
     return said
 
 

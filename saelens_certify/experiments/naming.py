@@ -25,6 +25,8 @@ def named_saes(saes: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
         CertifyError: If there is none, one SAE was given in place of several, or one cannot be opened.
     """
     if isinstance(saes, Mapping):
+        if len({str(name) for name in saes}) < len(saes):
+            raise CertifyError(f"two of the names {list(saes)} are the same as text; rename one")
         opened = {str(name): open_sae(sae) for name, sae in saes.items()}
     elif isinstance(saes, Sequence) and not isinstance(saes, (str, bytes)):
         opened, at = {}, Counter()

@@ -9,6 +9,7 @@ from typing import Any
 from saelens_certify.certificate import Certificate
 from saelens_certify.certification import read_sides
 from saelens_certify.config import CertifyConfig
+from saelens_certify.errors import CertifyError
 from saelens_certify.experiments.naming import named_saes
 from saelens_certify.experiments.result import Experiment
 from saelens_certify.study import Setting, View, certify_many
@@ -22,6 +23,7 @@ def certify_saes(
     evaluation: Any,
     config: CertifyConfig,
     output: str | Path | None,
+    grid: Sequence[int] | None = None,
 ) -> dict[str, Certificate]:
     """Certify SAEs of one model under one setting, from one calibration pass and one evaluation pass.
 
@@ -32,6 +34,7 @@ def certify_saes(
         evaluation: As for `certify`.
         config: Settings of every certificate.
         output: Folder of the runs.
+        grid: Numbers of sequences that will be looked at; None: any.
 
     Returns:
         The certificates, by name.
@@ -41,6 +44,11 @@ def certify_saes(
     """
     opened = named_saes(saes)
     sides = [View(side) for side in read_sides(model, calibration, evaluation, config)]
+    if grid is not None and min(grid) > len(sides[1].sequences):
+        raise CertifyError(
+            f"grid begins at {min(grid)}, and there are {len(sides[1].sequences)} evaluation sequences: give a smaller "
+            "number, or more sequences"
+        )
     settings = {name: Setting(sae, sides[0], sides[1], config) for name, sae in opened.items()}
     return certify_many(model, settings, output=output)
 

@@ -59,7 +59,7 @@ def feature_shuffling(
     *,
     calibration: Any,
     evaluation: Any,
-    permutations: int = 4,
+    permutations: int = 19,
     error_permutations: int = 100,
     matched_permutations: int = 0,
     random_decoders: int = 1,
@@ -211,10 +211,16 @@ def shuffling_findings(certificate: Certificate) -> tuple[str, ...]:
             f"p = {later.p_value:.2g}, {'both' if worst <= delta else 'not both'} significant at {delta:g}. The "
             f"permutations' mean squared error is {times:.3g} times that of the SAE."
         )
-    said.append(
-        "Support sizes are preserved: every permutation was checked to be one of the whole dictionary, and copies "
-        "decode the SAE's own codes."
-    )
+    config = certificate.config
+    if config.permutations or config.matched_permutations:
+        said.append(
+            "Support sizes are preserved: every permutation was checked to be one of the whole dictionary, and on "
+            "every batch its codes to have as many features a token as the SAE's."
+        )
+    if len(certificate.shuffle_tests) > 1:
+        said.append(
+            "Each p-value is for its kind of copy by itself, not corrected for their number."
+        )
     return tuple(said)
 
 

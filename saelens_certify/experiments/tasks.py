@@ -264,7 +264,7 @@ def _sentence(row: Row) -> str:
     )
     text = (
         f"{row['task']} ({row['n']:,} questions, {row['metric']}): {accuracies}; {points('sae')}; {points('pool')} "
-        f"(each interval at {percent(float(row['confidence'] or 0.0))} confidence); h_G differs from S∘M on "
+        f"(each interval at {percent(float(row['confidence'] or 0.0))} confidence); a feature outside the pool is active on "
         f"{100 * float(row['violations'] or 0.0):.1f}% of the questions"
     )
     if row["above_chance"] is False:

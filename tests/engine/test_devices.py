@@ -25,6 +25,7 @@ from saelens_certify import (
     certify,
     demo,
     measure,
+    states,
     verify,
 )
 from saelens_certify.cli import main
@@ -363,7 +364,8 @@ def test_a_tensor_that_was_not_moved_is_noticed(place, monkeypatch) -> None:
     def stay(activation: Tensor, width: int, device: torch.device) -> Tensor:  # noqa: ARG001
         return activation.reshape(*activation.shape[:2], width).float()
 
-    monkeypatch.setattr(measure, "_by_width", stay)
+    for module in (measure, states):
+        monkeypatch.setattr(module, "by_width", stay)
     device, sae_device = PLACES[place]
     with pytest.raises((RuntimeError, CertifyError), match="device|is on"):
         run(model_on(device), sae_on(sae_device))

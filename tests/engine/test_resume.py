@@ -112,13 +112,13 @@ def test_every_prefix_of_a_run_can_be_resumed(tmp_path, finished) -> None:
 
 
 def test_finished_parts_are_not_measured_again(finished, monkeypatch) -> None:
-    from saelens_certify import certification
+    from saelens_certify import passes
 
     def fail(*_args, **_kwargs):
         raise AssertionError("a finished run was measured again")
 
-    monkeypatch.setattr(certification, "measure", fail)
-    monkeypatch.setattr(certification, "calibrate", fail)
+    monkeypatch.setattr(passes, "measure", fail)
+    monkeypatch.setattr(passes, "calibrate", fail)
     again = run(finished)
     assert again.bounds["u_sae"].value == Certificate.load(finished).bounds["u_sae"].value
 

@@ -237,7 +237,7 @@ def test_the_command_line_loads_the_model_as_the_metadata_says(
         asked.append(arguments)
         raise CertifyError("far enough")
 
-    monkeypatch.setattr("saelens_certify.cli.load_model", stop)
+    monkeypatch.setattr("saelens_certify.cli_run.load_model", stop)
     (tmp_path / "documents.txt").write_text("some words")
     for name, arguments in (("a", {"center_writing_weights": True}), ("b", {})):
         sae = make_sae()

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from saelens_certify.report.table import plain_table
+from saelens_certify.rounding import rounded_up
 
 if TYPE_CHECKING:
     from saelens_certify.experiments.result import Experiment, Row
@@ -17,6 +18,9 @@ _SHOWN: dict[str, dict[str, str]] = {
     "layer_sweep": {
         "label": "SAE", "pool_size": "pool", "risk_pool": "risk (h_G)", "gap": "gap", "eta": "η", "u_sae": "U_SAE",
         "u_sae_occam": "+Occam", "sharp_betting": "sharp",
+    },
+    "bound_curves": {
+        "name": "SAE", "n": "N", "u_sae": "U_SAE", "u_sae_occam": "+Occam", "sharp_betting": "sharp", "uniform": "log2 V",
     },
     "output_fidelity": {
         "label": "SAE", "KL_M_vs_SoM": "KL (S∘M)", "KL_M_vs_hG": "KL (h_G)", "Top1Agree_M_vs_SoM": "top-1",
@@ -43,6 +47,9 @@ _SHOWN: dict[str, dict[str, str]] = {
     },
 }  # fmt: skip
 
+_BOUNDS = ("u_sae", "u_sae_occam", "sharp_betting")
+"""Upper bounds: rounded upwards."""
+
 
 def print_experiment(experiment: Experiment, console: Console | None = None) -> None:
     """Print the main columns of an experiment, and its findings.
@@ -54,6 +61,7 @@ def print_experiment(experiment: Experiment, console: Console | None = None) -> 
     console = console or Console()
     labels, cells = main_columns(experiment.kind, experiment.rows)
     table = plain_table(experiment.title, *labels)
+    table.columns[0].overflow = "fold"
     for row in cells:
         table.add_row(*map(escape, row))
     console.print(table)
@@ -82,4 +90,6 @@ def _cell(row: Row, key: str) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    return value if isinstance(value, str) else f"{value:.4g}"
+    if isinstance(value, str):
+        return value
+    return f"{rounded_up(value, 2):.2f}" if key in _BOUNDS else f"{value:.4g}"
