@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,15 @@ from engine.builders import (
     make_sae,
     make_tokens,
 )
-from saelens_certify import Certificate, CertifyConfig, CertifyError, certify, passes, verify
+from saelens_certify import (
+    Certificate,
+    CertifyConfig,
+    CertifyError,
+    EvidenceError,
+    certify,
+    passes,
+    verify,
+)
 from saelens_certify.certification import read_sides
 from saelens_certify.evidence import EVIDENCE, MANIFEST
 from saelens_certify.forward import ForwardEngine
@@ -207,6 +216,48 @@ def test_a_killed_study_goes_on(world, tmp_path, monkeypatch, function, calls) -
             )
 
 
+def test_damaged_progress_is_not_taken_for_evidence(world, tmp_path, monkeypatch) -> None:
+    model, members, _, _ = world
+    only = {"base": members["base"]}
+    with monkeypatch.context() as patched:
+        killed_after(patched, "measure", 3)
+        with pytest.raises(Killed):
+            certify_many(model, only, output=tmp_path)
+    [first] = tmp_path.glob(f"{FOLDER}/*/part-00000.parquet")
+    second, whole = first.with_name("part-00001.parquet"), first.read_bytes()
+    kept = second.read_bytes()
+    second.write_bytes(whole)
+    with pytest.raises(EvidenceError, match="does not hold the sequences of part 1"):
+        certify_many(model, only, output=tmp_path)
+    second.write_bytes(kept)
+    [file] = tmp_path.glob(f"{FOLDER}/*/calibration.safetensors")
+    tensors = safetensors.torch.load(file.read_bytes())
+    tensors["counts"][0] += 1
+    file.write_bytes(safetensors.torch.save(tensors))
+    with pytest.raises(EvidenceError, match="its contents are not those that were written"):
+        certify_many(model, only, output=tmp_path)
+    file.unlink()
+    assert certify_many(model, only, output=tmp_path)["base"].evidence.num_rows == len(EVALUATION)
+
+
+def test_another_studys_progress_stays(world, tmp_path, monkeypatch) -> None:
+    model, members, _, _ = world
+    with monkeypatch.context() as patched:
+        killed_after(patched, "measure", 3)
+        with pytest.raises(Killed):
+            certify_many(model, {"late": members["late"]}, output=tmp_path)
+    kept = {path.name for path in tmp_path.glob(f"{FOLDER}/*/*")}
+    certify_many(model, {"k=3": members["k=3"]}, output=tmp_path)
+    assert {path.name for path in tmp_path.glob(f"{FOLDER}/*/*")} == kept
+    certify_many(model, {"late": members["late"]}, output=tmp_path)
+    assert not (tmp_path / FOLDER).exists()
+
+
+def test_a_view_is_of_sequences() -> None:
+    with pytest.raises(CertifyError, match="a View is of Sequences, got Tensor"):
+        View(EVALUATION)  # pyright: ignore[reportArgumentType]
+
+
 def test_more_settings_measure_only_themselves(world, tmp_path, monkeypatch) -> None:
     model, members, found, _ = world
     certify_many(model, {name: members[name] for name in ("base", "late")}, output=tmp_path)
@@ -294,7 +345,11 @@ def test_wrong_studies_are_refused_before_any_work(monkeypatch, tmp_path) -> Non
     for settings_, message in (
         ({}, "at least one setting"),
         ({"a/b": base, "a b": base}, "would share a folder"),
-        ({"..": base}, "would share a folder"),
+        ({"..": base}, r"cannot be called '\.\.'"),
+        ({"": base}, "cannot be called ''"),
+        ({"in-progress": base}, "cannot be called 'in-progress'"),
+        ({"layer_sweep.json": base}, "cannot be called 'layer_sweep.json'"),
+        ({"a" * 300: base}, "cannot be called 'aaa"),
         ({"base": with_config(until="nonvacuous")}, "until='nonvacuous'"),
         ({"base": base, "other": with_config(batch_tokens=7)}, "batch_tokens is None in setting 'base' and 7"),
         ({"base": with_config(seq_len=8)}, "seq_len = 8"),

@@ -102,7 +102,7 @@ def test_findings_on_the_published_table() -> None:
             }
         )  # fmt: skip
     said = amplification_findings(rows)
-    assert len(said) == 9
+    assert len(said) == 10
     assert "1.2798 bits per token at the hook, 12.0162 after the 27 blocks that follow" in said[0]
     assert "a factor of 9.39 (+3.23 doublings, +0.12 a block)" in said[0]
     assert "steepest up to horizon 1 (+1.96 a block)" in said[0]
@@ -114,7 +114,7 @@ def test_findings_on_the_published_table() -> None:
         turned
     )[-1]  # fmt: skip
     one_layer = amplification_findings(rows[:1])
-    assert len(one_layer) == 1
+    assert len(one_layer) == 2
 
 
 bits = st.floats(0.0, 20.0)
@@ -228,9 +228,9 @@ def test_the_result_is_whole() -> None:
     found = experiment()
     assert found.kind == "error_amplification"
     assert len({tuple(row) for row in found.rows}) == 1
-    assert len(found.findings) == 5
+    assert len(found.findings) == 6
     assert "no block after it" in found.findings[2]
-    assert "Layers differ more in" in found.findings[4]
+    assert "Layers differ more in" in found.findings[5]
     drawn: Any = found.figure
     lines = [trace for trace in drawn.data if trace.type == "scatter"]
     assert [trace.name for trace in lines] == list(found.certificates)

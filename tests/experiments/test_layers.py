@@ -23,6 +23,7 @@ from saelens_certify.experiments.layers import (
     layer_findings,
     layer_rows,
     layer_sweep,
+    rank_correlation,
 )
 from saelens_certify.experiments.naming import named_saes
 from saelens_certify.experiments.result import Experiment
@@ -217,9 +218,13 @@ def test_a_run_that_could_stop_has_no_fixed_number() -> None:
 @pytest.mark.parametrize(
     ("risks", "verdict"),
     [
-        ([4.0, 3.0, 2.0], "Later layers are easier to certify, as the paper found"),
-        ([2.0, 3.0, 4.0], "Later layers are harder to certify, against the paper's finding"),
-        ([2.0, 4.0, 3.9, 2.1], "No trend with depth, against the paper's finding"),
+        ([4.0, 3.5, 3.0, 2.5, 2.0], "Later layers are easier to certify, as the paper found"),
+        (
+            [2.0, 2.5, 3.0, 3.5, 4.0],
+            "Later layers are harder to certify, against the paper's finding",
+        ),
+        ([2.0, 3.0, 4.0], "No trend with depth is shown"),  # of three, every order is likely
+        ([2.0, 4.0, 3.9, 2.1, 2.2], "No trend with depth is shown"),
     ],
 )
 def test_trends(risks: list[float], verdict: str) -> None:
@@ -229,7 +234,19 @@ def test_trends(risks: list[float], verdict: str) -> None:
     assert verdict in said
     values = [row["u_sae"] for row in found.rows]
     expected = float(np.corrcoef(stats.rankdata(layers), stats.rankdata(values))[0, 1])
-    assert f"U_SAE ({expected:+.2f})" in said
+    assert f"U_SAE ({expected:+.2f}, p = " in said
+
+
+@pytest.mark.parametrize("n", [3, 5, 6, 12])
+def test_the_p_value_of_a_trend_is_that_of_random_orders(n) -> None:
+    rng = np.random.default_rng(n)
+    x, y = np.arange(n), rng.integers(0, n, n).astype(float)
+    correlation, p_value = rank_correlation(list(x), list(y))
+    exact = stats.permutation_test(
+        (y,), lambda z: stats.spearmanr(x, z).statistic, permutation_type="pairings", n_resamples=50_000, rng=1
+    )  # fmt: skip
+    assert abs(correlation - float(stats.spearmanr(x, y).statistic)) < 1e-12
+    assert abs(p_value - float(exact.pvalue)) < (1e-9 if n <= 6 else 0.02)
 
 
 def test_no_trend_of_two_layers() -> None:
@@ -265,7 +282,7 @@ def test_which_first_number_is_valid_is_said() -> None:
     found = made(1, 2, risk=[2.0, 3.0])
     for name, kind in (("u_sae", "descriptive"), ("sharp_betting", "valid there")):
         key = f"first_n_{name}" + ("" if name == "u_sae" else "_any_time")
-        sentence = next(s for s in found.findings if f"First N at which {bound_label(name)} " in s)
+        sentence = next(s for s in found.findings if f"N looked at where {bound_label(name)}" in s)
         assert kind in sentence
         for row in found.rows:
             assert f"{row[key]} ({row['label']})" in sentence
