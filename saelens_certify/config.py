@@ -65,7 +65,7 @@ class CertifyConfig:
             hold at once: each spends delta / simultaneous.
         seed: Seed of the controls; on the command line also of the division of --data.
         part_sequences: Sequences per evidence part: what a killed run may lose.
-        batch_tokens: Tokens per forward pass; None: 2048 on a CPU, whose caches larger activations
+        batch_tokens: Tokens per forward pass; None: 1024 on a CPU, whose caches larger activations
             leave, and 16384 elsewhere.
         logits_mib: Largest logits tensor alive, in MiB (two are alive at a time), where logits are
             needed at all; None: as large as the head's weights (a head may copy these each time it is
@@ -162,7 +162,7 @@ class CertifyConfig:
 
     def tokens_per_pass(self, device: torch.device) -> int:
         """Tokens that a model on this device is given at a time."""
-        return self.batch_tokens or (2048 if device.type == "cpu" else 16384)
+        return self.batch_tokens or (1024 if device.type == "cpu" else 16384)
 
     def logits_tokens(self, d_model: int, d_vocab: int) -> int:
         """Tokens whose logits, counted as float32, are alive at a time."""

@@ -151,7 +151,7 @@ def test_nothing_of_the_model_or_sae_is_changed() -> None:
 
 def test_the_default_batch_follows_the_device():
     config = CertifyConfig()
-    assert config.tokens_per_pass(torch.device("cpu")) == 2048
+    assert config.tokens_per_pass(torch.device("cpu")) == 1024
     assert config.tokens_per_pass(torch.device("cuda")) == 16384
     assert CertifyConfig(batch_tokens=7).tokens_per_pass(torch.device("cuda")) == 7
     # Logits as large as the head's weights, unless a limit is given.

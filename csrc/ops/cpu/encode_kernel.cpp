@@ -42,13 +42,14 @@ struct Slots {
   int64_t slots;
 };
 
-bool by_column(const Scored& a, const Scored& b) { return a.column < b.column; }
+constexpr auto by_column = [](const Scored& a, const Scored& b) { return a.column < b.column; };
 
 // Orders scored columns and keeps the k best.
 void keep_best(std::vector<Scored>& scored, int64_t k) {
   const auto kept = std::min<int64_t>(k, static_cast<int64_t>(scored.size()));
-  std::partial_sort(scored.begin(), scored.begin() + kept, scored.end(), better);
+  std::nth_element(scored.begin(), scored.begin() + kept, scored.end(), better);
   scored.resize(kept);
+  std::sort(scored.begin(), scored.end(), better);
 }
 
 // Candidates for the k best of all features, or of the pool's, for a chunk of rows.

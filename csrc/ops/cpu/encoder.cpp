@@ -3,8 +3,10 @@
 namespace saelens_certify {
 
 namespace {
-// Rows of weights asked for before they are needed: they lie anywhere in memory.
+// Rows of weights asked for before they are needed: they lie anywhere in memory. The processor
+// itself goes on from the beginning of a row; to ask for all of it holds up the loads.
 constexpr int64_t kAhead = 4;
+constexpr int64_t kBeginning = 512;  // bytes
 }  // namespace
 
 Encoder::Encoder(const EncodeArgs& args)
@@ -37,7 +39,7 @@ Encoder::Encoder(const EncodeArgs& args)
 
 void Encoder::score(int64_t row, std::vector<Scored>& entries) const {
   const auto size = static_cast<int64_t>(entries.size());
-  const int64_t bytes = args_.d_in() * bytes_of(args_.weight_type);
+  const int64_t bytes = std::min(kBeginning, args_.d_in() * bytes_of(args_.weight_type));
   const auto fetch = [&](int64_t entry) {
     if (entry >= size) return;
     const char* weight = weight_of(entries[entry].column);

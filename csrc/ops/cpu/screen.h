@@ -26,10 +26,10 @@ struct Scored {
   int32_t column;
 };
 
-// Score first (largest first), column second (smallest first).
-inline bool better(const Scored& a, const Scored& b) {
+// Score first (largest first), column second (smallest first); an object, which sorting inlines.
+inline constexpr auto better = [](const Scored& a, const Scored& b) {
   return a.score != b.score ? a.score > b.score : a.column < b.column;
-}
+};
 
 // Buffer size for selecting k of n columns: two selections and some room between compactions, or
 // one entry more than there are columns (then the buffer never fills).
