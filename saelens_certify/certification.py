@@ -25,6 +25,7 @@ from saelens_certify.schedule import looked_at, part_slices
 from saelens_certify.sealing import check_seal, join_parts
 from saelens_certify.store_draws import resolve_stores
 from saelens_certify.subject import Reader, Subject
+from saelens_certify.workers import Workers, workers_for
 
 _NAME = "sae"
 
@@ -96,8 +97,10 @@ def certify(
     if output is not None:
         folder, manifest = RunFolder.open(output, manifest)
         check_seal(folder)
-    calibrated = calibrate_folder(engine, prepared.adapter, documents[0], config, folder)
-    certificate = _evaluate(engine, prepared.adapter, manifest, calibrated, draws, config, folder)
+    adapter = prepared.adapter
+    with workers_for(engine, config) as workers:
+        calibrated = calibrate_folder(workers, adapter, documents[0], config, folder)
+        certificate = _evaluate(workers, adapter, manifest, calibrated, draws, config, folder)
     if folder is not None:
         with reading(folder.path):
             certificate.seal(folder)
@@ -119,7 +122,7 @@ def read_sides(
         CertifyError: If they cannot be read, or share a document.
     """
     sides = resolve_stores(model, calibration, evaluation, config)
-    found = [sequences_for(model, data, config).canonical() for data in sides]
+    found = [sequences_for(model, data, config).canonical for data in sides]
     check_disjoint(*found)
     for name, sequences in zip(("calibration", "evaluation"), found, strict=True):
         warn_about_bos(model, sequences, name)
@@ -127,7 +130,7 @@ def read_sides(
 
 
 def calibrate_folder(
-    engine: ForwardEngine,
+    workers: Workers,
     adapter: SAEAdapter,
     sequences: Sequences,
     config: CertifyConfig,
@@ -136,7 +139,7 @@ def calibrate_folder(
     """Calibrate part by part, going on after what the folder already has.
 
     Args:
-        engine: The model.
+        workers: Who does the parts.
         adapter: The SAE.
         sequences: Calibration sequences in the order of their hashes.
         config: Settings.
@@ -146,7 +149,7 @@ def calibrate_folder(
         EvidenceError: If the folder holds a calibration of something else.
     """
     readers = {_NAME: Reader(adapter, config)}
-    so_far = empty_calibration(engine, readers[_NAME])
+    so_far = empty_calibration(workers.engine, readers[_NAME])
     found = None if folder is None else folder.load_calibration()
     if folder is not None and found is not None:
         found.check_resumable(so_far, len(sequences), sequences.seq_len, str(folder.path))
@@ -157,11 +160,11 @@ def calibrate_folder(
             folder.save_calibration(total)
 
     done = {_NAME: (so_far.n_sequences, so_far)}
-    return calibration_pass(engine, readers, sequences, config, so_far=done, keep=keep)[_NAME]
+    return calibration_pass(workers, readers, sequences, config, so_far=done, keep=keep)[_NAME]
 
 
 def _evaluate(
-    engine: ForwardEngine,
+    workers: Workers,
     adapter: SAEAdapter,
     manifest: Manifest,
     calibration: Calibration,
@@ -192,7 +195,7 @@ def _evaluate(
 
     tables: list[pa.Table] = []
     measured = evaluation_pass(
-        engine, {_NAME: subject}, sequences, parts, config, kept=kept, made=made
+        workers, {_NAME: subject}, sequences, parts, config, kept=kept, made=made
     )
     for part, look in zip(measured, looked_at(parts), strict=True):
         tables.append(part[_NAME])

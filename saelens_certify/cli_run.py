@@ -214,7 +214,7 @@ def read_documents(
         }
         few = options.limit
         return {
-            name: side if few is None else side.canonical().take(min(few, len(side)))
+            name: side if few is None else side.canonical.take(min(few, len(side)))
             for name, side in sides.items()
         }
     read: dict[str, Any] = {**_where(options), "limit": options.limit}

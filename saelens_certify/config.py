@@ -71,6 +71,8 @@ class CertifyConfig:
             needed at all; None: as large as the head's weights (a head may copy these each time it is
             called), or 64 MiB if that is more.
         impl: Which operators run: ``"native"`` kernels, pure ``"torch"``, or ``"auto"``.
+        workers: Ray workers that do the parts of a run, several at a time (extra ``ray``): on the cluster
+            that runs, else on this machine. Each has a copy of the model. 0: this process does them all.
         progress: Whether to show progress bars.
     """
 
@@ -96,6 +98,7 @@ class CertifyConfig:
     batch_tokens: int | None = None
     logits_mib: int | None = None
     impl: Impl = "auto"
+    workers: int = 0
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -120,6 +123,7 @@ class CertifyConfig:
             "part_sequences": 1,
             "batch_tokens": 1,
             "logits_mib": 1,
+            "workers": 0,
         }
         for name in ("batch_tokens", "logits_mib"):
             if getattr(self, name) is None:
@@ -236,4 +240,4 @@ def _integer(value: Any) -> int | None:
         return None
 
 
-SPEED_FIELDS = frozenset({"batch_tokens", "logits_mib", "impl", "progress"})
+SPEED_FIELDS = frozenset({"batch_tokens", "logits_mib", "impl", "workers", "progress"})

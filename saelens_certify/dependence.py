@@ -52,7 +52,7 @@ def independent_draws(
         CertifyError: If sequences repeat each other and ``config.dependence`` is ``"refuse"``.
     """
     if config.dependence == "ignore":
-        return Draws(evaluation.canonical(), None, {"looked_for": False})
+        return Draws(evaluation.canonical, None, {"looked_for": False})
     found = find_clusters(evaluation)
     if config.dependence == "refuse":
         found.refuse()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
+from jaxtyping import Int
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_certify.config import CertifyConfig
@@ -15,6 +17,7 @@ from saelens_certify.outputs import Columns
 from saelens_certify.pool import Calibration
 from saelens_certify.positions import special_token_ids
 from saelens_certify.subject import Reader, Subject
+from saelens_certify.workers import Workers
 
 Part = TypeVar("Part")
 
@@ -25,7 +28,7 @@ def empty_calibration(engine: ForwardEngine, reader: Reader) -> Calibration:
 
 
 def calibration_pass(
-    engine: ForwardEngine,
+    workers: Workers,
     readers: Mapping[str, Reader],
     sequences: Sequences,
     config: CertifyConfig,
@@ -36,7 +39,7 @@ def calibration_pass(
     """Calibrate part by part, going on after what was done.
 
     Args:
-        engine: The model.
+        workers: Who does the parts.
         readers: Who counts, by name.
         sequences: Calibration sequences in their order.
         config: Settings of the pass.
@@ -47,26 +50,30 @@ def calibration_pass(
         The calibrations after all sequences.
     """
     total = {name: calibration for name, (_, calibration) in so_far.items()}
-    special = special_token_ids(engine.model)
+    special = special_token_ids(workers.engine.model)
     first = min(done for done, _ in so_far.values())
+    starts = range(first, len(sequences), config.part_sequences)
+    tasks = (
+        (
+            [name for name, (done, _) in so_far.items() if done <= start],
+            start,
+            sequences.tokens[start : start + config.part_sequences],
+        )
+        for start in starts
+    )
+    parts = workers.in_order(_calibrate_part, (readers, config, special), tasks)
     with _progress("calibration", sequences, first, config) as bar:
-        for start in range(first, len(sequences), config.part_sequences):
-            part = slice(start, start + config.part_sequences)
-            here = {
-                name: _of_part(reader, part)
-                for name, reader in readers.items()
-                if so_far[name][0] <= start
-            }
-            tokens = sequences.tokens[part]
-            for name, found in calibrate(engine, here, tokens, config, special).items():
-                total[name] = total[name] + found
-                keep(name, start + len(tokens), total[name])
-            bar.update(tokens.numel())
+        for start, found in zip(starts, parts, strict=True):
+            done = min(start + config.part_sequences, len(sequences))
+            for name, calibration in found.items():
+                total[name] = total[name] + calibration
+                keep(name, done, total[name])
+            bar.update((done - start) * sequences.seq_len)
     return total
 
 
 def evaluation_pass(
-    engine: ForwardEngine,
+    workers: Workers,
     subjects: Mapping[str, Subject],
     sequences: Sequences,
     parts: Sequence[slice],
@@ -78,7 +85,7 @@ def evaluation_pass(
     """Measure part by part, skipping what was kept.
 
     Args:
-        engine: The model.
+        workers: Who does the parts.
         subjects: What is measured, by name.
         sequences: Evaluation sequences in their order.
         parts: The parts.
@@ -89,19 +96,48 @@ def evaluation_pass(
     Yields:
         Each part by subject, in order.
     """
-    special = special_token_ids(engine.model)
+    special = special_token_ids(workers.engine.model)
+    before = [{name: kept(index, name) for name in subjects} for index in range(len(parts))]
+    missing = [[name for name, found in here.items() if found is None] for here in before]
+    tasks = (
+        (names, sequences.tokens[part]) for names, part in zip(missing, parts, strict=True) if names
+    )
+    measured = workers.in_order(_measure_part, (subjects, config, special), tasks)
     with _progress("evaluation", sequences, 0, config) as bar:
         for index, part in enumerate(parts):
-            tokens = sequences.tokens[part]
-            before = {name: kept(index, name) for name in subjects}
-            missing = {name: subjects[name] for name, found in before.items() if found is None}
-            now: dict[str, Part] = {}
-            if missing:
-                columns = measure(engine, missing, tokens, config, special)
-                now = {name: made(index, name, each) for name, each in columns.items()}
-            bar.update(tokens.numel())
-            found = {name: part for name, part in before.items() if part is not None}
+            columns = next(measured) if missing[index] else {}
+            now = {name: made(index, name, each) for name, each in columns.items()}
+            bar.update(sequences.tokens[part].numel())
+            found = {name: each for name, each in before[index].items() if each is not None}
             yield {name: {**found, **now}[name] for name in subjects}
+
+
+def _calibrate_part(
+    engine: ForwardEngine,
+    readers: Mapping[str, Reader],
+    config: CertifyConfig,
+    special_ids: tuple[int, ...],
+    names: Sequence[str],
+    start: int,
+    tokens: Int[Tensor, "n_sequences pos"],
+) -> dict[str, Calibration]:
+    """Calibrate these readers on the sequences from ``start`` on."""
+    part = slice(start, start + len(tokens))
+    here = {name: _of_part(readers[name], part) for name in names}
+    return calibrate(engine, here, tokens, config, special_ids)
+
+
+def _measure_part(
+    engine: ForwardEngine,
+    subjects: Mapping[str, Subject],
+    config: CertifyConfig,
+    special_ids: tuple[int, ...],
+    names: Sequence[str],
+    tokens: Int[Tensor, "n_sequences pos"],
+) -> dict[str, Columns]:
+    """Measure these subjects."""
+    here = {name: subjects[name] for name in names}
+    return measure(engine, here, tokens, config, special_ids)
 
 
 def _of_part(reader: Reader, part: slice) -> Reader:

@@ -19,7 +19,7 @@ import torch
 
 from saelens_certify.certificate import Certificate
 from saelens_certify.config import SPEED_FIELDS, CertifyConfig
-from saelens_certify.data import Sequences, check_disjoint
+from saelens_certify.data import check_disjoint
 from saelens_certify.dependence import Draws, independent_draws
 from saelens_certify.errors import CertifyError
 from saelens_certify.evidence import CERTIFICATE, RunFolder, measured_table, reading, with_names
@@ -34,6 +34,7 @@ from saelens_certify.scratch import FOLDER, CalibrationPlace, EvaluationPlace, S
 from saelens_certify.sealing import check_seal
 from saelens_certify.subject import Reader, Subject, encoding_key
 from saelens_certify.views import Seen, View
+from saelens_certify.workers import Workers, workers_for
 
 __all__ = ["Setting", "View", "certify_many"]
 
@@ -139,14 +140,15 @@ def certify_many(
                 continue
         pending[name], manifests[name] = member, manifest
     scratch = None if output is None else Scratch.of(Path(output), manifests)
-    calibrations = _calibrate(engine, pending, scratch)
-    for group in _grouped(pending, "evaluation"):
-        for name, table in _evaluate(engine, group, calibrations, scratch).items():
-            certificate = Certificate(manifests[name], calibrations[name], table)
-            if name in folders:
-                with reading(folders[name].path):
-                    certificate.save(folders[name].path)
-            certificates[name] = certificate
+    with workers_for(engine, next(iter(settings.values())).config) as workers:
+        calibrations = _calibrate(workers, pending, scratch)
+        for group in _grouped(pending, "evaluation"):
+            for name, table in _evaluate(workers, group, calibrations, scratch).items():
+                certificate = Certificate(manifests[name], calibrations[name], table)
+                if name in folders:
+                    with reading(folders[name].path):
+                        certificate.save(folders[name].path)
+                certificates[name] = certificate
     if scratch is not None:
         scratch.remove(_places(pending, scratch))
     return {name: certificates[name] for name in settings}
@@ -206,14 +208,9 @@ def _members(
         )
         for source, of_source in configs.items()
     }
-    read: dict[int, Sequences] = {}
-    for setting in settings.values():
-        for view in (setting.calibration, setting.evaluation):
-            if id(view.sequences) not in read:
-                read[id(view.sequences)] = view.sequences.canonical()
     drawn: dict[Hashable, Draws] = {}
     members = {
-        name: _member(name, setting, prepared[sources[name]], read, drawn)
+        name: _member(name, setting, prepared[sources[name]], drawn)
         for name, setting in settings.items()
     }
     probe = next(iter(members.values())).calibration.sequences.tokens[:PROBE_SEQUENCES]
@@ -228,15 +225,14 @@ def _member(
     name: str,
     setting: Setting,
     prepared: Prepared,
-    read: Mapping[int, Sequences],
     drawn: dict[Hashable, Draws],
 ) -> _Member:
     config = setting.config
-    evaluation = Seen.of(setting.evaluation, read[id(setting.evaluation.sequences)])
+    evaluation = Seen.of(setting.evaluation)
     cut = setting.calibration.length is not None
     # Beginnings of different documents may be equal: they are left out of the calibration.
     shared = frozenset(evaluation.sequences.hashes) if cut else frozenset()
-    calibration = Seen.of(setting.calibration, read[id(setting.calibration.sequences)], shared)
+    calibration = Seen.of(setting.calibration, shared)
     for side, seen in (("calibration", calibration), ("evaluation", evaluation)):
         if seen.sequences.seq_len != config.seq_len:
             raise CertifyError(
@@ -299,7 +295,7 @@ def _grouped(members: Mapping[str, _Member], side: str) -> list[dict[str, _Membe
 
 
 def _calibrate(
-    engine: ForwardEngine, members: Mapping[str, _Member], scratch: Scratch | None
+    workers: Workers, members: Mapping[str, _Member], scratch: Scratch | None
 ) -> dict[str, Calibration]:
     """Calibrate all members; those whose calibrations are equal share one."""
     found: dict[str, Calibration] = {}
@@ -308,14 +304,16 @@ def _calibrate(
         owners = {key: name for name, key in reversed(keys.items())}
         readers = {name: group[name].reader for name in owners.values()}
         one = next(iter(group.values())).setting
-        sequences = one.calibration.sequences.canonical()
-        so_far = {name: (0, empty_calibration(engine, each)) for name, each in readers.items()}
+        sequences = one.calibration.sequences.canonical
+        so_far = {
+            name: (0, empty_calibration(workers.engine, each)) for name, each in readers.items()
+        }
         places: dict[str, CalibrationPlace] = {}
         if scratch is not None:
             places = {name: scratch.calibration(name, each) for name, each in readers.items()}
             so_far = {name: place.load(so_far[name]) for name, place in places.items()}
         keep = functools.partial(_keep, places)
-        totals = calibration_pass(engine, readers, sequences, one.config, so_far=so_far, keep=keep)
+        totals = calibration_pass(workers, readers, sequences, one.config, so_far=so_far, keep=keep)
         found |= {name: totals[owners[key]] for name, key in keys.items()}
     for name, member in members.items():
         try:
@@ -345,14 +343,14 @@ def _places(
 
 
 def _evaluate(
-    engine: ForwardEngine,
+    workers: Workers,
     members: Mapping[str, _Member],
     calibrations: Mapping[str, Calibration],
     scratch: Scratch | None,
 ) -> dict[str, pa.Table]:
     """Measure members that read the same evaluation documents; return the evidence of each."""
     one = next(iter(members.values())).setting
-    sequences = one.evaluation.sequences.canonical()
+    sequences = one.evaluation.sequences.canonical
     subjects = {
         name: Subject.of(
             member.prepared.adapter,
@@ -378,7 +376,7 @@ def _evaluate(
         return table
 
     tables = list(
-        evaluation_pass(engine, subjects, sequences, parts, one.config, kept=kept, made=made)
+        evaluation_pass(workers, subjects, sequences, parts, one.config, kept=kept, made=made)
     )
     evidence: dict[str, pa.Table] = {}
     for name, member in members.items():

@@ -150,7 +150,7 @@ def _measure_again(
     )
     engine = ForwardEngine(model, strategy)
     adapter = adapt(sae)
-    evaluation, clusters = evaluation.canonical(), None
+    evaluation, clusters = evaluation.canonical, None
     if config.dependence != "ignore":
         evaluation, clusters = in_order(evaluation, find_clusters(evaluation))
     n_measured = certificate.evidence.num_rows

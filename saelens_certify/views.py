@@ -48,19 +48,19 @@ class Seen:
     rows: Int[Tensor, " n_sequences"]
 
     @classmethod
-    def of(cls, view: View, read: Sequences, without: frozenset[str] = frozenset()) -> Seen:
+    def of(cls, view: View, without: frozenset[str] = frozenset()) -> Seen:
         """Find the sequences of a view.
 
         Beginnings that are equal count once, as equal documents do.
 
         Args:
             view: The view.
-            read: Its sequences in the order of their hashes.
             without: Hashes of sequences that are left out.
 
         Raises:
             CertifyError: If there are not that many sequences, or their tokens are fewer.
         """
+        read = view.sequences.canonical
         n = len(read) if view.first is None else view.first
         if not 1 <= n <= len(read):
             raise CertifyError(

@@ -59,7 +59,7 @@ def page(results: Mapping[str, Any]) -> str:
         f"on {machine['date']}: {machine['cores']} cores ({machine['processor']}), torch {machine['versions']['torch']}, "
         f"{results['seconds'] / 60:.0f} minutes for everything once the SAEs are in the cache, at commit "
         f"{machine['commit'][:7]}. Sentences are made from the",
-        "numbers. The SAEs are small ones that were trained in under a minute each (d_sae 2,304, k = 32, 63,000 tokens), so",
+        "numbers. The SAEs are small ones (d_sae 2,304, k = 32, trained on 63,000 tokens by `benchmarks.smollm2.train_saes`), so",
         "this shows what the experiments say, not what good SAEs of this model could do.",
         "",
     ]

@@ -91,7 +91,7 @@ def near_duplicates_across(
         CertifyError: If threshold or ngram are out of range, or sequences have no token besides BOS.
     """
     check_search(threshold, ngram)
-    calibration, evaluation = calibration.canonical(), evaluation.canonical()
+    calibration, evaluation = calibration.canonical, evaluation.canonical
     n = len(calibration)
     if not n or not len(evaluation):
         return Repeats((), len(evaluation), threshold, ngram)

@@ -126,6 +126,7 @@ class Sequences:
         """SHA-256 over the sorted hashes: the same set of sequences in any order has the same digest."""
         return set_digest(self.hashes)
 
+    @cached_property
     def canonical(self) -> Sequences:
         """The same sequences sorted by hash, so that nothing depends on the order of the input."""
         order = sorted(range(len(self)), key=lambda i: (self.hashes[i], self.document_ids[i]))

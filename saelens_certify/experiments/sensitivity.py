@@ -20,6 +20,7 @@ from saelens_certify.certification import read_sides
 from saelens_certify.config import CertifyConfig
 from saelens_certify.errors import CertifyError
 from saelens_certify.experiments.result import Experiment, Row
+from saelens_certify.experiments.running import saved
 from saelens_certify.experiments.sensitivity_findings import sensitivity_findings
 from saelens_certify.pool import Calibration, Pool
 from saelens_certify.report.experiments.sensitivity import sensitivity_figure
@@ -124,11 +125,7 @@ def sensitivity(
         settings[name] = Setting(
             opened, View(known, length=length), View(seen, length=length), changed
         )
-    folder = None if output is None else Path(output)
-    experiment = sensitivity_experiment(certify_many(model, settings, output=folder))
-    if folder is not None:
-        experiment.save(folder)
-    return experiment
+    return saved(sensitivity_experiment(certify_many(model, settings, output=output)), output)
 
 
 def sensitivity_experiment(certificates: Mapping[str, Certificate]) -> Experiment:

@@ -19,6 +19,7 @@ from saelens_certify.data.corruption import check_rate, corrupted, one_document_
 from saelens_certify.data.near_duplicates import find_clusters
 from saelens_certify.errors import CertifyError
 from saelens_certify.experiments.result import Experiment, Row
+from saelens_certify.experiments.running import saved
 from saelens_certify.experiments.shift_findings import shift_findings
 from saelens_certify.positions import special_token_ids
 from saelens_certify.preparation import sequences_for
@@ -102,11 +103,7 @@ def distribution_shift(
     settings = {
         name: Setting(opened, pool, View(side), config) for name, side in conditions.items()
     }
-    folder = None if output is None else Path(output)
-    experiment = shift_experiment(certify_many(model, settings, output=folder))
-    if folder is not None:
-        experiment.save(folder)
-    return experiment
+    return saved(shift_experiment(certify_many(model, settings, output=output)), output)
 
 
 def shift_experiment(certificates: Mapping[str, Certificate]) -> Experiment:
@@ -186,7 +183,7 @@ def _corrupted_documents(
             named, rate, seed=config.seed, d_vocab=d_vocab, keep=tuple(sorted(special))
         )
         # Read again: should two documents have become one, the copy is dropped and counted.
-        moved[rate] = sequences_for(model, made, config).canonical()
+        moved[rate] = sequences_for(model, made, config).canonical
     return moved
 
 

@@ -22,6 +22,7 @@ from saelens_certify.config import CertifyConfig
 from saelens_certify.controls import BEYOND, control_names
 from saelens_certify.errors import CertifyError
 from saelens_certify.experiments.result import Experiment, Row
+from saelens_certify.experiments.running import saved
 from saelens_certify.report.experiments.shuffling import shuffling_figure
 from saelens_certify.report.terms import CONTROLS, control_label
 from saelens_certify.rounding import percent
@@ -114,8 +115,7 @@ def feature_shuffling(
         )
     sides = read_sides(model, calibration, evaluation, config)
     setting = Setting(sae, View(sides[0]), View(sides[1]), config)
-    folder = None if output is None else Path(output)
-    certificates = certify_many(model, {"shuffling": setting}, output=folder)
+    certificates = certify_many(model, {"shuffling": setting}, output=output)
     certificate = certificates["shuffling"]
     experiment = Experiment(
         kind=KIND,
@@ -128,9 +128,7 @@ def feature_shuffling(
         findings=shuffling_findings(certificate),
         figure=shuffling_figure(certificate),
     )
-    if folder is not None:
-        experiment.save(folder)
-    return experiment
+    return saved(experiment, output)
 
 
 def shuffling_rows(certificate: Certificate) -> tuple[Row, ...]:

@@ -21,6 +21,7 @@ from saelens_certify.config import CertifyConfig
 from saelens_certify.errors import CertifyError
 from saelens_certify.evidence import dump_table
 from saelens_certify.experiments.result import Experiment, Row
+from saelens_certify.experiments.running import saved
 from saelens_certify.integrations.scored_requests import PROXIES
 from saelens_certify.report.experiments.tasks import tasks_figure
 from saelens_certify.rounding import percent, rounded_down, rounded_up
@@ -117,9 +118,7 @@ def downstream_tasks(
         findings=task_findings(rows),
         figure=tasks_figure(rows),
     )
-    if folder is not None:
-        experiment.save(folder)
-    return experiment
+    return saved(experiment, output)
 
 
 def samples_table(

@@ -40,6 +40,7 @@ from saelens_certify.preparation import (
 )
 from saelens_certify.subject import Subject
 from saelens_certify.version import __version__
+from saelens_certify.workers import workers_for
 
 _NAME = "sae"
 _SCORES = "scores"
@@ -84,7 +85,7 @@ def proxy_scores(
     identity = manifest["identity"]
     source: Sequences | Calibration
     if pool is None:
-        source = sequences_for(model, calibration, config).canonical()
+        source = sequences_for(model, calibration, config).canonical
         warn_about_bos(model, source, "calibration")
         identity["calibration_sha256"] = source.digest
         probe = source.tokens[:PROBE_SEQUENCES]
@@ -97,7 +98,8 @@ def proxy_scores(
     engine, _ = try_out(engine, {_NAME: prepared}, probe, [config])
     folder = None if output is None else RunFolder.open(output, manifest)[0]
     if isinstance(source, Sequences):
-        source = calibrate_folder(engine, prepared.adapter, source, config, folder)
+        with workers_for(engine, config) as workers:
+            source = calibrate_folder(workers, prepared.adapter, source, config, folder)
     return _store(engine, Subject.of(prepared.adapter, source, config), config, folder)
 
 

@@ -162,7 +162,7 @@ def repeating() -> Sequences:
     tokens[4, 1] = 6
     names = [f"d{i}" for i in range(40)]
     names[2] = names[3]  # 2 and 3 of one document, 4 a near duplicate of 3
-    return Sequences.from_tokens(tokens, names).canonical()
+    return Sequences.from_tokens(tokens, names).canonical
 
 
 def partition(names) -> set[frozenset[int]]:

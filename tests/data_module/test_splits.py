@@ -92,7 +92,7 @@ def test_counts_are_exact_disjoint_and_order_free(n, data, seed):
     a, b = parts["calibration"], parts["evaluation"]
     assert (len(a), len(b)) == (first, second)
     assert not set(a.hashes) & set(b.hashes)
-    again = split(sequences.canonical(), counts=(first, second), seed=seed)
+    again = split(sequences.canonical, counts=(first, second), seed=seed)
     assert (again["calibration"].digest, again["evaluation"].digest) == (a.digest, b.digest)
 
 

@@ -255,7 +255,7 @@ def test_batches_and_order_do_not_matter(n, seed):
     one_by_one = [read([text]).hashes[0] for text in texts[:: max(1, n // 3)]]
     assert one_by_one == list(sequences.hashes[:: max(1, n // 3)])
     backwards = read(texts[::-1])
-    assert backwards.canonical().hashes == sequences.canonical().hashes
+    assert backwards.canonical.hashes == sequences.canonical.hashes
     assert backwards.digest == sequences.digest
     a = split(sequences, (0.3, 0.7), seed=seed)["calibration"].digest
     assert a == split(backwards, (0.3, 0.7), seed=seed)["calibration"].digest

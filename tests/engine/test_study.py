@@ -82,7 +82,7 @@ def study(model) -> dict[str, Setting]:
 
 def alone(model, setting: Setting) -> Certificate:
     """The same by a run by itself, on documents that it cuts by itself."""
-    calibration = setting.calibration.sequences.canonical()
+    calibration = setting.calibration.sequences.canonical
     calibration = calibration.take(setting.calibration.first or len(calibration)).tokens
     evaluation = setting.evaluation.sequences.tokens
     length = setting.config.seq_len
@@ -326,7 +326,7 @@ def test_views_see_what_a_run_by_itself_is_given(length, first, seed) -> None:
         model, CALIBRATION, tokens, dataclasses.replace(CONFIG, dependence="ignore")
     )
     first = min(first, len(evaluation))
-    seen = Seen.of(View(evaluation, first, length), evaluation)
+    seen = Seen.of(View(evaluation, first, length))
     expected = {tuple(row) for row in evaluation.tokens[:first, :length].tolist()}
     assert {tuple(row) for row in seen.sequences.tokens.tolist()} == expected
     assert len(seen.sequences) == len(expected)

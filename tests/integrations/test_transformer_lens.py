@@ -69,7 +69,7 @@ def test_hooks_give_the_losses_of_the_certificate(kind, model_class) -> None:
 def _evidence_tokens(certificate: Any) -> list[list[int]]:
     from saelens_certify.data import as_sequences
 
-    sequences = as_sequences(EVALUATION, seq_len=SEQ_LEN, d_vocab=101).canonical()
+    sequences = as_sequences(EVALUATION, seq_len=SEQ_LEN, d_vocab=101).canonical
     assert list(sequences.hashes) == certificate.evidence.column("sequence").to_pylist()
     return sequences.tokens.tolist()
 
