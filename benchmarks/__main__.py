@@ -17,6 +17,7 @@ from benchmarks.environment import environment, load_average
 from benchmarks.results import Record, environment_path, line, record, without_result, write_json
 from benchmarks.session import Row, Session
 from benchmarks.suites import SUITES, UnknownRowError, chosen, rows_of
+from saelens_certify.ops._library import architecture_problem, cuda_library
 
 
 def run(
@@ -64,6 +65,18 @@ def run(
     return records
 
 
+def _gpu_problem() -> str:
+    """Why the GPU suite would measure nothing of this package, empty if it measures it."""
+    if not torch.cuda.is_available():
+        return (
+            f"cuda: torch {torch.__version__} sees no GPU here; run `python -m benchmarks cpu`, or "
+            "this on a machine with a GPU and a CUDA build of torch"
+        )
+    # Without them every row would divide plain torch by plain torch.
+    reason = cuda_library().reason or architecture_problem(torch.cuda.get_device_capability())
+    return f"cuda: there are no CUDA operators to measure: {reason}" if reason else ""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark from the command line.
 
@@ -101,12 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             on_request = "(only when named) " if row.on_request else ""
             print(f"{row.name:40s} {target:8s} {on_request}{row.unavailable or row.what}")
         return 0
-    if options.suite == "cuda" and not torch.cuda.is_available():
-        print(
-            f"cuda: torch {torch.__version__} sees no GPU here; run `python -m benchmarks cpu`, or "
-            "this on a machine with a GPU and a CUDA build of torch",
-            file=sys.stderr,
-        )
+    problem = _gpu_problem() if options.suite == "cuda" else ""
+    if problem:
+        print(problem, file=sys.stderr)
         return 2
     if options.json is not None and options.json.is_dir():
         print(f"--json {options.json} is a folder: name a file in it", file=sys.stderr)

@@ -25,12 +25,12 @@ def rows_of(suite: str, session: Session) -> list[Row]:
     if suite == "cuda":
         operators += device_rows()
     predictions = prediction_rows(suite)
-    ordered: list[Row] = []
-    # By shape, the SAE's rows before the head's: only one shape's weights are in memory at a time.
-    for group in (operators, predictions):
-        for shape in SHAPES:
-            ordered += [row for row in group if row.name.endswith(f".{shape.name}")]
-    ordered += [row for row in operators if row not in ordered]
+    shapes = tuple(f".{shape.name}" for shape in SHAPES)
+    ordered = [row for row in operators if not row.name.endswith(shapes)]
+    # By shape, so that one shape's weights are in memory at a time and a run that is cut
+    # short has every operator of the shapes that it reached.
+    for shape in shapes:
+        ordered += [row for row in operators + predictions if row.name.endswith(shape)]
     if suite == "cpu":
         # Imported here: only these rows need SAELens and TransformerLens.
         from benchmarks.rows_end_to_end import end_to_end_rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -16,7 +17,9 @@ from benchmarks.__main__ import main, run
 from benchmarks.results import environment_path
 from benchmarks.rooflines import Ceilings
 from benchmarks.session import Measured, Row, Session
+from benchmarks.shapes import SHAPES
 from benchmarks.suites import UnknownRowError, chosen, rows_of
+from saelens_certify.ops._library import Library
 
 KEYS = {"ratio", "target", "met", "ours_s", "baseline_s", "floor_s"}
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,3 +179,31 @@ def test_a_gpu_is_asked_for_where_there_is_none(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["cuda", "--only", "K1"]) == 2
     assert "sees no GPU" in capsys.readouterr().err
+
+
+def test_without_cuda_operators_torch_is_not_measured_against_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(
+        "benchmarks.__main__.run", lambda *_: pytest.fail("rows were measured all the same")
+    )
+    monkeypatch.setattr("benchmarks.__main__.cuda_library", lambda: Library(None, "no such file"))
+    assert main(["cuda", "--only", "K1"]) == 2
+    assert "no CUDA operators to measure: no such file" in capsys.readouterr().err
+    loaded = Library(Path("_cuda.abi3.so"), "")
+    monkeypatch.setattr("benchmarks.__main__.cuda_library", lambda: loaded)
+    monkeypatch.setattr("benchmarks.__main__.architecture_problem", lambda _: "compiled for sm_80")
+    assert main(["cuda", "--only", "K1"]) == 2
+    assert "no CUDA operators to measure: compiled for sm_80" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suite", ["cpu", "cuda"])
+def test_every_operator_of_a_shape_comes_before_the_next_shape(suite: str) -> None:
+    names = [row.name for row in rows_of(suite, Session("cpu"))]
+    names = [name for name in names if not name.startswith("e2e.")]
+    shapes = [name.rpartition(".")[2] for name in names if name.startswith(("K", "device.t"))]
+    assert [key for key, _ in itertools.groupby(shapes)] == [shape.name for shape in SHAPES]
+    if suite == "cuda":
+        assert names[0] == "device.l2_read"
