@@ -1,7 +1,13 @@
 #include "ops/common.h"
 
 #include <array>
+#include <exception>
 #include <vector>
+
+// Part of torch's stable interface since 2.13, whose headers hide it from a library built for an
+// older torch; null where torch does not have it and prints the reason to stderr instead.
+extern "C" AOTI_TORCH_EXPORT __attribute__((weak)) const char*
+torch_exception_get_what_without_backtrace();
 
 namespace saelens_certify {
 
@@ -13,6 +19,38 @@ void check_layout(const char* name, const Tensor& tensor, int64_t rank) {
   STD_TORCH_CHECK(tensor.dim() == rank, name, " has ", tensor.dim(), " dimensions, expected ",
                   rank);
   STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous: call .contiguous()");
+}
+
+// Calls torch; what it throws names a line of torch's headers, not what went wrong.
+template <typename Call>
+auto with_reason(const char* name, Call&& call) {
+  try {
+    return call();
+  } catch (const std::exception&) {
+    const bool told = torch_exception_get_what_without_backtrace != nullptr;
+    STD_TORCH_CHECK(
+        false, name, " failed: ",
+        told ? torch_exception_get_what_without_backtrace() : "torch printed the reason");
+    throw;
+  }
+}
+
+// Calls an overload of aten::mm whose result, the first of the stack, is its last argument.
+template <size_t kArguments>
+void call_mm(const char* overload, std::array<StableIValue, kArguments> stack) {
+  with_reason("a matrix product", [&] {
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::mm", overload, stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);
+  });
+}
+
+Tensor allocated(std::initializer_list<int64_t> sizes, ScalarType type,
+                 std::optional<torch::stable::Device> device) {
+  const std::vector<int64_t> shape(sizes);
+  return with_reason("allocating a tensor", [&] {
+    return torch::stable::empty({shape.data(), shape.size()}, type, std::nullopt, device);
+  });
 }
 
 }  // namespace
@@ -59,27 +97,21 @@ void check_device(const char* name, const OptionalTensor& tensor, const Tensor& 
 }
 
 Tensor empty_tensor(std::initializer_list<int64_t> sizes, ScalarType type) {
-  const std::vector<int64_t> shape(sizes);
-  return torch::stable::empty({shape.data(), shape.size()}, type);
+  return allocated(sizes, type, std::nullopt);
 }
 
 Tensor empty_tensor(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& like) {
-  const std::vector<int64_t> shape(sizes);
   const torch::stable::Device device =
       like.is_cuda()
           ? torch::stable::Device(torch::stable::DeviceType::CUDA, like.get_device_index())
           : torch::stable::Device(torch::stable::DeviceType::CPU);
-  return torch::stable::empty({shape.data(), shape.size()}, type, std::nullopt, device);
+  return allocated(sizes, type, device);
 }
 
 void matrix_product(const Tensor& a, const Tensor& b, const Tensor& out) {
   // The "out" form writes into a buffer that is used again, and autocast leaves it alone.
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(out)};
-  const AOTITorchError error =
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION);
-  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "aten::mm.out failed; torch printed the reason");
-  torch::stable::detail::to<Tensor>(stack[0]);
+  using torch::stable::detail::from;
+  call_mm<3>("out", {from(a), from(b), from(out)});
 }
 
 void matrix_product_float32(const Tensor& a, const Tensor& b, const Tensor& out) {
@@ -89,14 +121,8 @@ void matrix_product_float32(const Tensor& a, const Tensor& b, const Tensor& out)
     return matrix_product(torch::stable::to(a, ScalarType::Float),
                           torch::stable::to(b, ScalarType::Float), out);
   }
-  std::array<StableIValue, 4> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(ScalarType::Float),
-                                    torch::stable::detail::from(out)};
-  const AOTITorchError error =
-      torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION);
-  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS,
-                  "aten::mm.dtype_out failed; torch printed the reason");
-  torch::stable::detail::to<Tensor>(stack[0]);
+  using torch::stable::detail::from;
+  call_mm<4>("dtype_out", {from(a), from(b), from(ScalarType::Float), from(out)});
 }
 
 }  // namespace saelens_certify

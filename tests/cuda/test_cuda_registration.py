@@ -103,3 +103,11 @@ def test_opcheck(backend, name):
     for arguments in samples(name):
         operator = getattr(backend.ops, name).default
         torch.library.opcheck(operator, on_device(backend, arguments), test_utils=CHECKS)
+
+
+def test_what_torch_says_is_passed_on(backend):
+    x, W, bias = normal(0, 6, 3), normal(1, 5, 3), normal(2, 5)
+    arguments = (x, W, bias, None, None, None, weight_norms(W), None, None, 1 << 46, 1e-6, 0, 0)
+    said = "tried to allocate" if torch.__version__ >= (2, 13) else "torch printed the reason"
+    with pytest.raises(RuntimeError, match=f"(?i)allocating a tensor failed: .*{said}"):
+        backend.ops.threshold_encode(*on_device(backend, arguments))
