@@ -6,6 +6,8 @@ import numpy as np
 import ops_oracle as oracle
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from saelens_certify import ops
 from saelens_certify.errors import CertifyError
@@ -116,6 +118,30 @@ def test_the_statistics_are_those_of_the_logits(impl):
                 assert torch.equal(values, getattr(two, name)), name
             else:
                 torch.testing.assert_close(values, getattr(two, name), atol=1e-9, rtol=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    first=st.sampled_from([1, 2048, 2500]),
+    base_shift=st.sampled_from([-50.0, 0.0, 50.0]),
+    gap=st.sampled_from([-1000.0, -30.0, 10.0, 300.0, 1e4]),
+    tile=st.sampled_from([None, 700]),
+)
+def test_divergence_of_predictions_that_differ_by_parts(seed, first, base_shift, gap, tile):
+    """Rows of W are the two predictions and the first tokens: each logit is a sum of two numbers."""
+    g = torch.Generator().manual_seed(seed)
+    W = 3 * torch.randn(3, 5000, generator=g)
+    W[1] = W[0] + 0.1 * W[1]
+    W[2] = torch.arange(5000) < first
+    base = torch.tensor([[1.0, 0.0, base_shift]])
+    other = torch.tensor([[0.0, 1.0, base_shift - gap]])
+    targets = torch.tensor([4999])
+    p, q = ((row.double() @ W.double()).log_softmax(1) for row in (base, other))
+    wanted = float((p.exp() * (p - q)).sum()) / np.log(2)
+    for impl in IMPLS:
+        found = ops.head_pair_stats(base, other, W, targets, 0.5, column_tile=tile, impl=impl)
+        assert abs(float(found.kl) - wanted) <= 1e-6 + 1e-5 * wanted
 
 
 @pytest.mark.parametrize("impl", IMPLS)

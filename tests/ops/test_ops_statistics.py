@@ -165,6 +165,42 @@ def test_masks_ties_and_extreme_logits(seed, size, spread, shift, masked):
         check(base, other, torch.full((4,), seed % size), 0.1, size, impl)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    first=st.sampled_from([1, 2048, 2500, 8999]),
+    base_shift=st.sampled_from([-50.0, 0.0, 50.0]),
+    gap=st.sampled_from([-1000.0, -30.0, 0.0, 10.0, 300.0, 1e4]),
+    everywhere=st.sampled_from([0.0, 3000.0]),
+    softcap=st.sampled_from([None, 100.0]),
+)
+def test_divergence_of_predictions_that_differ_by_parts(
+    seed, first, base_shift, gap, everywhere, softcap
+):
+    """The first tokens differ by far more than the rest, as they do under a finite mask."""
+    g = torch.Generator().manual_seed(seed)
+    base = 3 * torch.randn(2, 9000, generator=g)
+    other = base + 0.3 * torch.randn(2, 9000, generator=g)
+    base[:, :first] += base_shift
+    other[:, :first] += base_shift - gap
+    for impl in IMPLS:
+        check(base, other + everywhere, torch.full((2,), 8999), 0.5, 9000, impl, softcap)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_largest_float_as_a_mask(impl):
+    g = torch.Generator().manual_seed(0)
+    base = torch.randn(3, 6000, generator=g)
+    other = base + torch.randn(3, 6000, generator=g)
+    least = torch.finfo(torch.float32).min
+    base[:, :2500] = least
+    other[0, :2500] = least
+    other[1, :2500] = -1e4
+    base[2] += 1e35
+    other[2, 2500:] = 1e35
+    check(base, other, torch.full((3,), 5999), 0.5, 6000, impl)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_ties_go_to_the_lowest_token_and_equal_rows_agree(impl):
     logits = torch.zeros(3, 5000)

@@ -63,8 +63,7 @@ void PairResults::write(int64_t row, const SoftmaxPair& state, float base_gold, 
   const double total = log_sum_exp(state.other, args_.softcap);
   const double base_logprob = capped(base_gold, args_.softcap) - base_total;
   const double logprob = capped(gold, args_.softcap) - total;
-  const double nats =
-      state.gap / state.base.sum + static_cast<double>(state.offset) - (base_total - total);
+  const double nats = state.gap / state.base.sum + state.offset - (base_total - total);
   mutable_data_of<double>(bits_base_)[row] =
       smoothed_bits(base_logprob, args_.alpha, args_.d_vocab);
   mutable_data_of<double>(bits_)[row] = smoothed_bits(logprob, args_.alpha, args_.d_vocab);

@@ -8,7 +8,7 @@
 namespace saelens_certify {
 
 constexpr SoftmaxRow kEmptyRow = {-std::numeric_limits<float>::infinity(), 0, 0.0};
-constexpr SoftmaxPair kEmptyPair = {kEmptyRow, kEmptyRow, 0.0, 0.0f, false};
+constexpr SoftmaxPair kEmptyPair = {kEmptyRow, kEmptyRow, 0.0, 0.0};
 
 // Results of token_stats; rows are written by several threads.
 class TokenResults {

@@ -47,13 +47,13 @@ struct SoftmaxRow {
 };
 
 // Running state over a pair of rows: softmax sums, and the weighted difference of logits
-// sum of exp(base - base.top) * ((base - other) - offset).
+// sum of exp(base - base.top) * ((base - other) - offset), offset = base.top - other.top, all of
+// them capped if there is a cap; an infinite maximum counts as 0 in the offset.
 struct SoftmaxPair {
   SoftmaxRow base;
   SoftmaxRow other;
   double gap;
-  float offset;
-  bool has_offset;
+  double offset;
 };
 
 struct RowKernels {

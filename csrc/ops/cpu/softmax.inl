@@ -100,8 +100,8 @@ void softmax(const float* logits, int64_t n, int64_t column, double cap, Softmax
   state->sum += sum_exp(shifted, n, 0.0f);
 }
 
-// Adds a block of two rows, whose maxima are subtracted here. `gap` holds (base - other) - offset
-// for each logit; without it, that is computed.
+// Adds a block of two rows, whose maxima are subtracted here. `gap` holds the difference of what is
+// left of each pair of logits; without it, that is computed.
 SC_INLINE void add_pair(const float* base, const float* other, const float* gap, int64_t n,
                         float base_shift, float other_shift, SoftmaxPair* state) {
   f32x16 base_lane[4] = {}, other_lane[4] = {}, gap_lane[4] = {};
@@ -120,19 +120,20 @@ SC_INLINE void add_pair(const float* base, const float* other, const float* gap,
     }
     for (int v = 0; v < 4; ++v) {
       const f32x16 p = load<f32x16>(a + 16 * v), q = load<f32x16>(b + 16 * v);
-      const f32x16 weight = exp_nonpositive(p - base_shift);
+      const f32x16 below = p - base_shift, other_below = q - other_shift;
+      const f32x16 weight = exp_nonpositive(below);
       base_lane[v] += weight;
-      other_lane[v] += exp_nonpositive(q - other_shift);
+      other_lane[v] += exp_nonpositive(other_below);
       if (g != nullptr) {
         gap_lane[v] += weight * load<f32x16>(g + 16 * v);
         continue;
       }
       // A token that the base masks contributes nothing; one that only the other masks makes the
       // divergence infinite, however small its weight.
-      const f32x16 infinity = splat<f32x16>(__builtin_inff());
-      f32x16 term = weight * ((p - q) - state->offset);
+      const f32x16 infinity = splat<f32x16>(__builtin_inff()), nothing = {};
+      f32x16 term = weight == nothing ? nothing : weight * (below - other_below);
       term = q == -infinity ? infinity : term;
-      gap_lane[v] += p == -infinity ? splat<f32x16>(0.0f) : term;
+      gap_lane[v] += p == -infinity ? nothing : term;
     }
   }
   state->base.sum += sum_lanes(base_lane);
@@ -145,16 +146,14 @@ void softmax_pair(const float* base, const float* other, int64_t n, int64_t colu
   double factor, unused;
   const double base_top = raise_top(base, n, column, cap, &state->base, &factor);
   const double other_top = raise_top(other, n, column, cap, &state->other, &unused);
-  // Once infinite, it stays so, however far earlier tokens fall behind.
-  if (state->gap < __builtin_inf()) state->gap *= factor;
-  const bool finite = state->base.top > -__builtin_inff() && state->other.top > -__builtin_inff();
-  if (!state->has_offset && (finite || cap > 0)) {
-    // Taking out the common difference keeps the sum of differences small and accurate. No term
-    // was added before: a finite offset exists as soon as both rows have a finite logit (capped
-    // ones are all finite), and earlier blocks, if any, had only infinite differences.
-    state->offset = float(base_top - other_top);
-    state->has_offset = true;
+  // Differences are those of what lies below the maxima: where weights are large, these are small
+  // and accurate, whatever logits the blocks so far held. When a maximum rises, all terms so far
+  // move with it. Once infinite, the sum stays so, however far earlier tokens fall behind.
+  const double offset = base_top - other_top;
+  if (state->gap < __builtin_inf()) {
+    state->gap = state->gap * factor + state->base.sum * (state->offset - offset);
   }
+  state->offset = offset;
   if (cap == 0) {
     add_pair(base, other, nullptr, n, float(base_top), float(other_top), state);
     return;
@@ -163,11 +162,10 @@ void softmax_pair(const float* base, const float* other, int64_t n, int64_t colu
   float base_shifted[kSoftmaxBlock], other_shifted[kSoftmaxBlock], gap[kSoftmaxBlock];
   softcap(base, n, cap, base_capped);
   softcap(other, n, cap, other_capped);
-  const double offset = state->offset;
   for (int64_t i = 0; i < n; ++i) {
     base_shifted[i] = float(base_capped[i] - base_top);
     other_shifted[i] = float(other_capped[i] - other_top);
-    gap[i] = float((base_capped[i] - other_capped[i]) - offset);
+    gap[i] = float((base_capped[i] - base_top) - (other_capped[i] - other_top));
   }
   add_pair(base_shifted, other_shifted, gap, n, 0.0f, 0.0f, state);
 }
