@@ -242,6 +242,27 @@ def test_unusable_input_is_named(form):
         ops.topk_encode(x, W, bias, k=2, impl="fast")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_small_float16_weights_count_where_denormals_are_flushed(form):
+    """Subnormal float16 numbers are ordinary in float32 and must not be taken for zero."""
+    x, W, bias, _, _, pool = oracle.random_encoder(9, 6, 45, 131)
+    for size in (1e-6, 0.02):
+        W16 = (size * W).half()
+        assert ((W16.abs() < 2.0**-14) & (W16 != 0)).any()
+        bits = ops.pool_bits(pool)
+        wanted = form.topk(x, W16, size * bias, k=9, pool_bits=bits)
+        every = form.threshold(x, W16, size * bias)
+        torch.set_flush_denormal(True)
+        try:
+            got = form.topk(x, W16, size * bias, k=9, pool_bits=bits)
+            got_every = form.threshold(x, W16, size * bias)
+        finally:
+            torch.set_flush_denormal(False)
+        oracle.assert_same(got[0], wanted[0])
+        oracle.assert_same(got[1], wanted[1])
+        oracle.assert_same(got_every, every)
+
+
 _DIGEST = """
 import hashlib, sys, torch
 sys.path.insert(0, sys.argv[1])

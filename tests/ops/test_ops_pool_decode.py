@@ -48,6 +48,24 @@ def test_pool_operators(seed, tokens, d_sae):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("width", [1, 8, 1024])
+@pytest.mark.parametrize("flush", [False, True])
+def test_every_float16_number_is_decoded(impl, width, flush):
+    numbers = torch.arange(1 << 16).to(torch.uint16).view(torch.float16)
+    W = torch.where(numbers.isfinite(), numbers, 0.0)[: 1 << (16 if width > 1 else 12)]
+    W = W.view(-1, width)
+    one = torch.ones(len(W), 1)
+    codes = ops.SparseCodes(one, torch.arange(len(W)).int().unsqueeze(1), one[:, 0].int())
+    torch.set_flush_denormal(flush)
+    try:
+        found, _ = ops.decode(codes, W, impl=impl)
+    finally:
+        torch.set_flush_denormal(False)
+    # Signs of zeros aside: a sum that starts from zero has none.
+    assert torch.equal(found, W.float())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_decode_equals_exact_fused_chain(impl, dtype):
     codes = random_codes(1, 5, 11, 40)

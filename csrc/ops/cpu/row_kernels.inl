@@ -59,14 +59,18 @@ struct BFloat16 {
   }
 };
 
-// A float16 is shifted into float32's fields; a product with 2^112 corrects the exponent's bias
-// exactly, also for subnormal numbers. Infinities and NaN get the largest exponent.
+// A float16 is shifted into float32's fields, and the exponent's bias corrected: by an addition to
+// the exponent, or where that is 0 (subnormal numbers and 0) by one to the bits and a subtraction,
+// which is exact. No operand is a subnormal float32, which processors may be set to take for 0.
+// Infinities and NaN get the largest exponent.
 struct Float16 {
   typedef uint16_t type;
   template <typename F, typename U>
   SC_INLINE F convert(U half) {
     const U sign = (half & 0x8000u) << 16;
-    const F finite = (F)((half & 0x7fffu) << 13) * 0x1p112f;
+    const U bits = (half & 0x7fffu) << 13;
+    const F subnormal = (F)(bits + (113u << 23)) - 0x1p-14f;
+    const F finite = (half & 0x7c00u) == 0 ? subnormal : (F)(bits + (112u << 23));
     const U special = (U)((half & 0x7c00u) == 0x7c00u) & 0x7f800000u;
     return (F)((U)finite | special | sign);
   }
