@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.environment import commit
 from benchmarks.faces import check
 from benchmarks.inputs import Ring, SaeInputs
 from benchmarks.memory import footprint
@@ -231,3 +232,15 @@ def test_tables_show_failures_and_missed_targets() -> None:
         "| `K1.a` | 0.75 (missed) | ≤ 0.5 | 2 ms | 1 s |  |",
         "| `K1.b` | – | ≤ 0.5 | no | | |",
     ]
+
+
+def test_a_copy_without_history_is_told_its_commit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("benchmarks.environment._ROOT", tmp_path)
+    # The folders above may be under version control.
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("SAELENS_CERTIFY_COMMIT", raising=False)
+    assert commit() is None
+    monkeypatch.setenv("SAELENS_CERTIFY_COMMIT", "0123abc")
+    assert commit() == "0123abc"
