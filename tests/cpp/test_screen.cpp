@@ -1,5 +1,7 @@
 // Selection from screened scores: nothing that belongs to the k best is ever dropped.
+#include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <random>
 #include <vector>
 
@@ -53,6 +55,50 @@ void check_selection(const std::vector<float>& exact, int64_t k, float slack, un
   }
 }
 
+// The k best among even columns, once those of all columns are scored: what is known is not scored
+// again, and it alone sets the floor where it holds k even columns.
+void check_pool(const std::vector<float>& exact, int64_t k, float slack) {
+  const auto n = static_cast<int32_t>(exact.size());
+  std::vector<Candidate> all_buffer(n + 1), pool_buffer(n + 1);
+  std::vector<float> scratch;
+  TopCandidates all(all_buffer.data(), n + 1, k), pool(pool_buffer.data(), n + 1, k);
+  const auto one = [&](int32_t column) { return exact[column]; };
+  std::vector<Scored> wanted;
+  for (int32_t column = 0; column < n; ++column) {
+    const Candidate candidate = {exact[column] - slack, exact[column] + slack, column};
+    all.add(candidate, one, scratch);
+    if (column % 2 != 0) continue;
+    pool.add(candidate, one, scratch);
+    wanted.push_back({exact[column], column});
+  }
+  std::vector<int> times(n, 0);
+  const auto score = [&](std::vector<Scored>& entries) {
+    for (Scored& entry : entries) {
+      entry.score = exact[entry.column];
+      ++times[entry.column];
+    }
+  };
+  std::vector<Scored> known = scored_candidates(all, k, {}, score);
+  std::sort(known.begin(), known.end(),
+            [](const Scored& a, const Scored& b) { return a.column < b.column; });
+  std::vector<Scored> even = known;
+  std::erase_if(even, [](const Scored& entry) { return entry.column % 2 != 0; });
+  std::sort(even.begin(), even.end(), better);
+  const float floor = std::ssize(even) < k ? -kInfinity : even[k - 1].score;
+  const std::vector<int> before = times;
+  std::vector<Scored> found = scored_candidates(pool, k, known, score);
+  for (int32_t column = 0; column < n; ++column) {
+    CHECK(times[column] <= 1);
+    if (times[column] > before[column]) CHECK(exact[column] + slack >= floor);
+  }
+  std::sort(wanted.begin(), wanted.end(), better);
+  std::sort(found.begin(), found.end(), better);
+  CHECK(std::ssize(found) >= k);
+  for (int64_t i = 0; i < k && i < std::ssize(found); ++i) {
+    CHECK(found[i].column == wanted[i].column);
+  }
+}
+
 std::vector<float> random_scores(int64_t n, unsigned seed, int levels) {
   std::mt19937 random(seed);
   std::normal_distribution<float> normal;
@@ -71,6 +117,7 @@ int main() {
     for (int64_t k : {1, 2, 31, 64, 300}) {
       for (int levels : {0, 1, 4}) {
         for (float slack : {0.0f, 1e-6f, 0.3f, 10.0f}) {
+          check_pool(random_scores(3000, seed, levels), k, slack);
           check_selection(random_scores(3000, seed, levels), k, slack, seed);
         }
       }

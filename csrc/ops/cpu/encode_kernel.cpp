@@ -173,46 +173,6 @@ class ThresholdSelection {
   std::vector<std::vector<Scored>> found_;
 };
 
-// Scores a row's candidates exactly: the most promising first, then those that may still be among
-// the k best. Columns that `known` holds (ascending) are not scored again.
-std::vector<Scored> scored_candidates(const Encoder& encoder, int64_t row, int64_t k,
-                                      const TopCandidates& candidates,
-                                      const std::vector<Scored>& known) {
-  std::vector<Scored> scored, batch;
-  std::vector<Candidate> unknown;
-  auto next = known.begin();
-  for (const Candidate& candidate : candidates) {
-    while (next != known.end() && next->column < candidate.column) ++next;
-    if (next != known.end() && next->column == candidate.column) {
-      scored.push_back(*next);
-    } else {
-      unknown.push_back(candidate);
-    }
-  }
-  const auto score = [&](auto first, auto last) {
-    batch.clear();
-    for (auto at = first; at != last; ++at) batch.push_back({0.0f, at->column});
-    encoder.score(row, batch);
-    for (const Scored& entry : batch) {
-      if (entry.score > -kInfinity) scored.push_back(entry);
-    }
-  };
-  const auto promising = std::min<std::ptrdiff_t>(k, std::ssize(unknown));
-  const auto rest = unknown.begin() + promising;
-  std::nth_element(unknown.begin(), rest, unknown.end(),
-                   [](const Candidate& a, const Candidate& b) { return a.upper > b.upper; });
-  score(unknown.begin(), rest);
-  if (std::ssize(scored) < k) {
-    score(rest, unknown.end());
-    return scored;
-  }
-  std::nth_element(scored.begin(), scored.begin() + (k - 1), scored.end(), better);
-  const float floor = scored[k - 1].score;
-  score(rest, std::remove_if(rest, unknown.end(),
-                             [floor](const Candidate& c) { return c.upper < floor; }));
-  return scored;
-}
-
 }  // namespace
 
 TopCodes topk_encode_cpu(const EncodeArgs& args, const OptionalTensor& pool_bits, int64_t k) {
@@ -227,12 +187,13 @@ TopCodes topk_encode_cpu(const EncodeArgs& args, const OptionalTensor& pool_bits
     encoder.show(start, rows, selection);
     torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        std::vector<Scored> best =
-            scored_candidates(encoder, start + row, k, selection.all(row), {});
+        const auto score = [&](std::vector<Scored>& entries) {
+          encoder.score(start + row, entries);
+        };
+        std::vector<Scored> best = scored_candidates(selection.all(row), k, {}, score);
         if (pool != nullptr) {
           std::sort(best.begin(), best.end(), by_column);
-          std::vector<Scored> members =
-              scored_candidates(encoder, start + row, k, selection.pooled(row), best);
+          std::vector<Scored> members = scored_candidates(selection.pooled(row), k, best, score);
           keep_best(members, k);
           pooled.write(start + row, members);
         }

@@ -9,7 +9,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <iterator>
 #include <limits>
 #include <vector>
 
@@ -115,5 +118,46 @@ class TopCandidates {
   int32_t tightened_ = 0;  // size after the last compaction: nothing to gain until it grows
   float floor_ = -std::numeric_limits<float>::infinity();
 };
+
+// Exact scores of the active ones among the candidates that may be among the k best, with few
+// others. Columns that `known` holds (ascending) are not scored again; if they do not already set a
+// floor, the most promising others do. `score(entries)` fills in the canonical scores of columns,
+// -inf if they are not active.
+template <typename Score>
+std::vector<Scored> scored_candidates(const TopCandidates& candidates, int64_t k,
+                                      const std::vector<Scored>& known, const Score& score) {
+  std::vector<Scored> scored, batch;
+  std::vector<Candidate> unknown;
+  auto next = known.begin();
+  for (const Candidate& candidate : candidates) {
+    while (next != known.end() && next->column < candidate.column) ++next;
+    if (next != known.end() && next->column == candidate.column) {
+      scored.push_back(*next);
+    } else {
+      unknown.push_back(candidate);
+    }
+  }
+  const auto add = [&](auto first, auto last) {
+    batch.clear();
+    for (auto at = first; at != last; ++at) batch.push_back({0.0f, at->column});
+    score(batch);
+    for (const Scored& entry : batch) {
+      if (entry.score > -std::numeric_limits<float>::infinity()) scored.push_back(entry);
+    }
+  };
+  const auto promising = std::clamp<std::ptrdiff_t>(k - std::ssize(scored), 0, std::ssize(unknown));
+  const auto rest = unknown.begin() + promising;
+  std::nth_element(unknown.begin(), rest, unknown.end(),
+                   [](const Candidate& a, const Candidate& b) { return a.upper > b.upper; });
+  add(unknown.begin(), rest);
+  auto last = unknown.end();
+  if (std::ssize(scored) >= k) {
+    std::nth_element(scored.begin(), scored.begin() + (k - 1), scored.end(), better);
+    const float floor = scored[k - 1].score;
+    last = std::remove_if(rest, last, [floor](const Candidate& c) { return c.upper < floor; });
+  }
+  add(rest, last);
+  return scored;
+}
 
 }  // namespace saelens_certify
