@@ -95,11 +95,13 @@ class CudaEncoder {
   void run(const Lists& lists, const Filter& filter, const Rescore& rescore) {
     if (args_.tokens() == 0) return;
     reserve_chunk();
+    view_tiles();
     launch(tile_margins_kernel, grid_size_of(tiles()), kMarginThreads, 0, stream_, view_,
            args_.column_tile, tile_margins_);
     for (int64_t start = 0; start < args_.tokens(); start += args_.row_chunk) {
       const int64_t rows = std::min(args_.row_chunk, args_.tokens() - start);
       prepare(lists, start, rows);
+      view_chunk(start, rows);
       for (int64_t tile = 0; tile < tiles(); ++tile) filter(multiply(start, rows, tile));
       rescore(start, rows);
     }
@@ -155,20 +157,53 @@ class CudaEncoder {
     });
   }
 
-  Tile multiply(int64_t start, int64_t rows, int64_t tile) {
-    const int64_t first = tile * args_.column_tile;
-    const int64_t columns = std::min(args_.column_tile, args_.d_sae() - first);
+  int64_t columns_of(int64_t tile) const {
+    return std::min(args_.column_tile, args_.d_sae() - tile * args_.column_tile);
+  }
+  // Products of a tile with empty rows need no matrix product.
+  bool multiplies() const { return args_.d_in() > 0; }
+
+  // Views of tensors cost more than a small matrix product takes: those that the tiles of all
+  // chunks, or all tiles of a chunk, have in common are made once.
+  void view_tiles() {
+    if (!multiplies()) return;
+    Tensor weights = screened()             ? *args_.screen_weight
+                     : widened_.has_value() ? *widened_
+                                            : args_.weight;
+    for (int64_t tile = 0; tile < tiles(); ++tile) {
+      // A tile of widened weights takes the place of the one before.
+      const int64_t first = widened_.has_value() ? 0 : tile * args_.column_tile;
+      Tensor rows = torch::stable::narrow(weights, 0, first, columns_of(tile));
+      transposed_.push_back(torch::stable::transpose(rows, 0, 1));
+    }
+  }
+
+  void view_chunk(int64_t start, int64_t rows) {
+    if (!multiplies()) return;
+    Tensor x = screened() ? *narrowed_ : args_.x;
+    x_ = torch::stable::narrow(x, 0, screened() ? 0 : start, rows);
+    last_product_ = product(rows, columns_of(tiles() - 1));
+    whole_product_ = tiles() > 1 ? product(rows, args_.column_tile) : last_product_;
+  }
+
+  Tensor product(int64_t rows, int64_t columns) {
     const int64_t stride = rounded_up(columns, 4);
-    if (args_.d_in() == 0) {
-      zero_async(product_->mutable_data_ptr(), rows * stride * sizeof(float), stream_);
+    const int64_t shape[2] = {rows, stride};
+    Tensor flat = torch::stable::narrow(*product_, 0, 0, rows * stride);
+    Tensor padded = torch::stable::view(flat, {shape, 2});
+    return stride == columns ? padded : torch::stable::narrow(padded, 1, 0, columns);
+  }
+
+  Tile multiply(int64_t start, int64_t rows, int64_t tile) {
+    const bool last = tile + 1 == tiles();
+    const int64_t first = tile * args_.column_tile;
+    const int64_t columns = columns_of(tile);
+    const int64_t stride = rounded_up(columns, 4);
+    if (multiplies()) {
+      if (widened_.has_value()) widen(first, columns);
+      matrix_product_float32(*x_, transposed_[tile], last ? *last_product_ : *whole_product_);
     } else {
-      const int64_t shape[2] = {rows, stride};
-      Tensor flat = torch::stable::narrow(*product_, 0, 0, rows * stride);
-      Tensor padded = torch::stable::view(flat, {shape, 2});
-      Tensor out = stride == columns ? padded : torch::stable::narrow(padded, 1, 0, columns);
-      Tensor x = screened() ? *narrowed_ : args_.x;
-      matrix_product_float32(torch::stable::narrow(x, 0, screened() ? 0 : start, rows),
-                             torch::stable::transpose(weights(first, columns), 0, 1), out);
+      zero_async(product_->mutable_data_ptr(), rows * stride * sizeof(float), stream_);
     }
     return {data_of<float>(*product_),
             outputs_.row_scale,
@@ -180,22 +215,18 @@ class CudaEncoder {
             start,
             static_cast<int32_t>(first),
             static_cast<int32_t>(columns),
-            tile + 1 == tiles()};
+            last};
   }
 
-  // Rows of the weights that are multiplied with: those of the screen, or float32.
-  Tensor weights(int64_t first, int64_t columns) {
-    Tensor from = screened() ? *args_.screen_weight : args_.weight;
-    from = torch::stable::narrow(from, 0, first, columns);
-    if (!widened_.has_value()) return from;
-    const int64_t n = columns * args_.d_in();
+  // 16-bit weights of some columns in float32.
+  void widen(int64_t first, int64_t columns) {
+    const int64_t d_in = args_.d_in();
     with_type(args_.weight_type, [&](auto type) {
       using W = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
       const unsigned blocks = 8 * static_cast<unsigned>(scope_.multiprocessors());
-      launch(widen_kernel<W>, blocks, 256, 0, stream_, data_of<W>(from), n,
-             mutable_data_of<float>(*widened_));
+      launch(widen_kernel<W>, blocks, 256, 0, stream_, data_of<W>(args_.weight) + first * d_in,
+             columns * d_in, mutable_data_of<float>(*widened_));
     });
-    return torch::stable::narrow(*widened_, 0, 0, columns);
   }
 
   const EncodeArgs& args_;
@@ -204,6 +235,8 @@ class CudaEncoder {
   EncodeView view_;
   std::vector<Tensor> buffers_;
   OptionalTensor product_, narrowed_, widened_;
+  std::vector<Tensor> transposed_;  // weights of each tile
+  OptionalTensor x_, whole_product_, last_product_;
   TileMargin* tile_margins_ = nullptr;
   RowOutputs outputs_ = {};
   Outliers outliers_ = {};

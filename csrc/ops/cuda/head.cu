@@ -4,6 +4,7 @@
 // the mode that torch is set to: with TF32 allowed, losses are as inexact as TF32 logits are.
 #include <algorithm>
 #include <array>
+#include <vector>
 
 #include "ops/cuda/prediction.cuh"
 
@@ -56,6 +57,16 @@ int64_t states_of(const Head& head) {
   return whole * segments_of(head.column_tile) + segments_of(d_vocab - whole * head.column_tile);
 }
 
+// The weights of each tile of columns.
+std::vector<Tensor> tiles_of(const Head& head) {
+  const int64_t d_vocab = head.prediction.d_vocab;
+  std::vector<Tensor> tiles;
+  for (int64_t first = 0; first < d_vocab; first += head.column_tile) {
+    tiles.push_back(narrowed(head.weight, 1, first, std::min(head.column_tile, d_vocab - first)));
+  }
+  return tiles;
+}
+
 template <size_t kResiduals>
 auto head_stats_of(const std::array<Tensor, kResiduals>& residuals, const Head& head) {
   constexpr bool kPair = kResiduals == 2;
@@ -64,7 +75,10 @@ auto head_stats_of(const std::array<Tensor, kResiduals>& residuals, const Head& 
   const int64_t tokens = residuals[0].size(0);
   const int64_t row_chunk = std::min(kRowChunk, std::max<int64_t>(tokens, 1));
   const States<kPair> states(tokens, states_of(head), residuals[0]);
-  std::array<OptionalTensor, kResiduals> rooms;
+  // Views take a dispatcher call each, so they are made once for all tiles of all rows.
+  const std::vector<Tensor> weights = tiles_of(head);
+  const int64_t last_columns = weights.back().size(1);
+  std::array<OptionalTensor, kResiduals> rooms, whole, last, x;
   for (OptionalTensor& room : rooms) {
     room = empty_tensor({row_chunk * head.column_tile}, ScalarType::Float, residuals[0]);
   }
@@ -80,13 +94,18 @@ auto head_stats_of(const std::array<Tensor, kResiduals>& residuals, const Head& 
       segments.targets = data_of<int64_t>(prediction.targets) + start;
       segments.gold = states.gold(start);
       segments.states = states.at(start, 0);
-      for (int64_t first = 0; first < prediction.d_vocab; first += head.column_tile) {
-        const int64_t count = std::min(head.column_tile, prediction.d_vocab - first);
-        const Tensor weight = narrowed(head.weight, 1, first, count);
+      for (size_t which = 0; which < kResiduals; ++which) {
+        x[which] = narrowed(residuals[which], 0, start, rows);
+        whole[which] = reshaped(*rooms[which], rows, head.column_tile);
+        last[which] = reshaped(*rooms[which], rows, last_columns);
+        segments.logits[which] = data_of<float>(rooms[which]);
+      }
+      int64_t first = 0;
+      for (const Tensor& weight : weights) {
+        const int64_t count = weight.size(1);
         for (size_t which = 0; which < kResiduals; ++which) {
-          matrix_product_float32(narrowed(residuals[which], 0, start, rows), weight,
-                                 reshaped(*rooms[which], rows, count));
-          segments.logits[which] = data_of<float>(rooms[which]);
+          matrix_product_float32(*x[which], weight,
+                                 *(&weight == &weights.back() ? last : whole)[which]);
         }
         if (kBias) segments.bias = data_of<float>(head.bias) + first;
         segments.stride = count;
@@ -94,6 +113,7 @@ auto head_stats_of(const std::array<Tensor, kResiduals>& residuals, const Head& 
         segments.columns = count;
         launch_segments(segments, rows, device.stream());
         segments.states += segments_of(count);
+        first += count;
       }
     }
   };
