@@ -39,14 +39,14 @@ def test_encoders_make_no_views_for_every_tile(backend, screen, dtype):
     assert views <= 2 * tiles + 8 * chunks
 
 
-def test_heads_make_no_views_for_every_tile(backend):
-    tokens, d_model, d_vocab = 2050, 4, 64
+def test_heads_make_no_views_for_every_tile_and_multiply_the_base_once(backend):
+    tokens, variants, d_model, d_vocab = 2050, 3, 4, 64
     g = torch.Generator().manual_seed(0)
-    base, other = torch.randn(2, tokens, d_model, generator=g)
-    inputs = backend.to(
-        base, other, torch.randn(d_model, d_vocab, generator=g), None, torch.arange(tokens) % 64
-    )
+    base = torch.randn(tokens, d_model, generator=g)
+    others = torch.randn(variants * tokens, d_model, generator=g)
+    W, targets = torch.randn(d_model, d_vocab, generator=g), torch.arange(tokens) % d_vocab
+    inputs = backend.to(base, others, W, None, targets)
     made = calls(lambda: backend.ops.head_pair_stats(*inputs, 0.1, 0.0, d_vocab, 2))
     chunks, tiles = 3, d_vocab // 2
-    assert made["aten::mm"] == 2 * chunks * tiles
-    assert made["aten::narrow"] + made["aten::view"] <= tiles + 16 * chunks
+    assert made["aten::mm"] == (1 + variants) * chunks * tiles
+    assert made["aten::narrow"] + made["aten::view"] <= tiles + (10 + variants) * chunks

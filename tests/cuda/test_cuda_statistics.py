@@ -259,6 +259,23 @@ def test_a_head_of_many_rows(backend):
     check_head(backend, head, head[3], 0.1, 0.0, 5, 3)
 
 
+@pytest.mark.parametrize(("tokens", "size", "tile"), [(9, 9000, 5000), (1030, 50, 20)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_predictions_against_one_base(backend, tokens, size, tile, dtype):
+    base, other, weight, bias, targets = random_head(5, tokens, 8, size, dtype, True)
+    others = [other, base, other.flip(0)]
+    rest = (weight, bias, targets, 0.1, 15.0, size, tile)
+    there = [part if isinstance(part, (int, float)) else backend.to(part)[0] for part in rest]
+    p, several, none = backend.to(base, torch.cat(others), other[:0])
+    together = backend.ops.head_pair_stats(p, several, *there)
+    close(together, CPU.head_pair_stats(base, torch.cat(others), *rest), 1e-4)
+    for v, each in enumerate(others):
+        alone = backend.ops.head_pair_stats(p, *backend.to(each), *there)
+        for column, wanted in zip(together, alone, strict=True):
+            assert torch.equal(column[v * tokens : (v + 1) * tokens], wanted)
+    assert [part.shape for part in backend.ops.head_pair_stats(p, none, *there)] == [(0,)] * 5
+
+
 def test_more_than_2_to_the_31_logits(backend):
     # Only the columns of the vocabulary are ever touched: the rest takes no memory.
     logits = torch.empty(9, 1 << 28, dtype=torch.bfloat16, device=backend.device)
@@ -311,6 +328,10 @@ def test_arguments_are_checked(backend):
     ):
         with pytest.raises(RuntimeError, match=message):
             backend.ops.head_stats(*arguments, 0.1, 0.0, 20, 0)
+    for rows in (0, 3):
+        base, other = backend.to(torch.zeros(rows, 8), torch.zeros(4, 8))
+        with pytest.raises(RuntimeError, match=f"4 rows, expected a multiple of the {rows}"):
+            backend.ops.head_pair_stats(base, other, W, b, targets[:rows], 0.1, 0.0, 20, 0)
     with pytest.raises(RuntimeError, match="column_tile = -1"):
         backend.ops.head_stats(logits, W, b, targets, 0.1, 0.0, 20, -1)
 

@@ -14,8 +14,8 @@ template <bool kPair, bool kCap>
 struct Finish {
   const State<kPair>* states;  // [rows, states_per_row]
   const float* gold;           // [rows, 1 or 2]
-  const int64_t* targets;      // [rows]
-  int64_t rows, states_per_row, d_vocab;
+  const int64_t* targets;      // [tokens]; rows repeat the tokens
+  int64_t rows, tokens, states_per_row, d_vocab;
   double alpha;
   Cap<kCap> cap;
   // Of the one prediction; of a pair, bits, bits of the base, and the rest of PairStats.
@@ -63,7 +63,7 @@ __device__ inline double smoothed_bits(double gold, double alpha, int64_t d_voca
 
 template <bool kPair, bool kCap>
 __device__ double gold_logit(const Finish<kPair, kCap>& args, int64_t row, int which) {
-  const int64_t target = args.targets[row];
+  const int64_t target = args.targets[row % args.tokens];
   if (target < 0 || target >= args.d_vocab) return not_a_number();
   const float logit = args.gold[row * (kPair ? 2 : 1) + which];
   return args.cap.exact(args.cap.prepared(logit));

@@ -3,7 +3,6 @@
 // what stays is 16 bytes (a pair: 40) per row and 4096 columns. Float32 inputs are multiplied in
 // the mode that torch is set to: with TF32 allowed, losses are as inexact as TF32 logits are.
 #include <algorithm>
-#include <array>
 #include <vector>
 
 #include "ops/cuda/prediction.cuh"
@@ -57,31 +56,60 @@ int64_t states_of(const Head& head) {
   return whole * segments_of(head.column_tile) + segments_of(d_vocab - whole * head.column_tile);
 }
 
-// The weights of each tile of columns.
-std::vector<Tensor> tiles_of(const Head& head) {
-  const int64_t d_vocab = head.prediction.d_vocab;
-  std::vector<Tensor> tiles;
-  for (int64_t first = 0; first < d_vocab; first += head.column_tile) {
-    tiles.push_back(narrowed(head.weight, 1, first, std::min(head.column_tile, d_vocab - first)));
+// Tiles of the head's columns, and room for the logits of some rows in one of them. Views take a
+// dispatcher call each, so they are made once for all tiles and rows that share them.
+class Tiles {
+ public:
+  // Rows at most, in `rooms` rooms.
+  Tiles(const Head& head, int64_t rows, size_t rooms, const Tensor& like) : rooms_(rooms) {
+    const int64_t d_vocab = head.prediction.d_vocab;
+    for (int64_t first = 0; first < d_vocab; first += head.column_tile) {
+      const int64_t columns = std::min(head.column_tile, d_vocab - first);
+      weights_.push_back(narrowed(head.weight, 1, first, columns));
+    }
+    for (Room& room : rooms_) {
+      room.memory = empty_tensor({rows * head.column_tile}, ScalarType::Float, like);
+    }
   }
-  return tiles;
-}
 
-template <size_t kResiduals>
-auto head_stats_of(const std::array<Tensor, kResiduals>& residuals, const Head& head) {
-  constexpr bool kPair = kResiduals == 2;
-  const DeviceScope device(residuals[0]);
-  const PredictionArgs& prediction = head.prediction;
-  const int64_t tokens = residuals[0].size(0);
-  const int64_t row_chunk = std::min(kRowChunk, std::max<int64_t>(tokens, 1));
-  const States<kPair> states(tokens, states_of(head), residuals[0]);
-  // Views take a dispatcher call each, so they are made once for all tiles of all rows.
-  const std::vector<Tensor> weights = tiles_of(head);
-  const int64_t last_columns = weights.back().size(1);
-  std::array<OptionalTensor, kResiduals> rooms, whole, last, x;
-  for (OptionalTensor& room : rooms) {
-    room = empty_tensor({row_chunk * head.column_tile}, ScalarType::Float, residuals[0]);
+  int64_t count() const { return static_cast<int64_t>(weights_.size()); }
+  int64_t columns(int64_t tile) const { return weights_[tile].size(1); }
+
+  // For that many rows from now on.
+  void take(int64_t rows) {
+    for (Room& room : rooms_) {
+      room.last = reshaped(*room.memory, rows, columns(count() - 1));
+      room.whole = count() > 1 ? reshaped(*room.memory, rows, columns(0)) : room.last;
+    }
   }
+
+  // The logits of these rows in a tile, without bias.
+  const float* multiply(const Tensor& x, int64_t tile, size_t room) const {
+    const Room& to = rooms_[room];
+    matrix_product_float32(x, weights_[tile], tile + 1 == count() ? *to.last : *to.whole);
+    return data_of<float>(to.memory);
+  }
+
+ private:
+  struct Room {
+    OptionalTensor memory, whole, last;
+  };
+
+  std::vector<Tensor> weights_;
+  std::vector<Room> rooms_;
+};
+
+// A residual has `tokens` rows for each of several predictions; of a pair, each is compared with
+// the base, whose logits in a tile are computed once for all of them.
+template <bool kPair>
+auto head_stats_of(const Tensor* base, const Tensor& residual, const Head& head) {
+  const DeviceScope device(residual);
+  const PredictionArgs& prediction = head.prediction;
+  const int64_t tokens = prediction.tokens(), all = residual.size(0);
+  const int64_t row_chunk = std::min(kRowChunk, std::max<int64_t>(tokens, 1));
+  const States<kPair> states(all, states_of(head), residual);
+  constexpr size_t kRoom = kPair ? 1 : 0;
+  Tiles tiles(head, row_chunk, kRoom + 1, residual);
   // Fills the states of all rows and columns.
   const auto fill = [&](auto capped, auto biased) {
     constexpr bool kBias = decltype(biased)::value;
@@ -92,41 +120,43 @@ auto head_stats_of(const std::array<Tensor, kResiduals>& residuals, const Head& 
     for (int64_t start = 0; start < tokens; start += row_chunk) {
       const int64_t rows = std::min(row_chunk, tokens - start);
       segments.targets = data_of<int64_t>(prediction.targets) + start;
-      segments.gold = states.gold(start);
-      segments.states = states.at(start, 0);
-      for (size_t which = 0; which < kResiduals; ++which) {
-        x[which] = narrowed(residuals[which], 0, start, rows);
-        whole[which] = reshaped(*rooms[which], rows, head.column_tile);
-        last[which] = reshaped(*rooms[which], rows, last_columns);
-        segments.logits[which] = data_of<float>(rooms[which]);
+      tiles.take(rows);
+      OptionalTensor base_rows;
+      if constexpr (kPair) base_rows = narrowed(*base, 0, start, rows);
+      std::vector<Tensor> variants;
+      for (int64_t row = start; row < all; row += tokens) {
+        variants.push_back(narrowed(residual, 0, row, rows));
       }
-      int64_t first = 0;
-      for (const Tensor& weight : weights) {
-        const int64_t count = weight.size(1);
-        for (size_t which = 0; which < kResiduals; ++which) {
-          matrix_product_float32(*x[which], weight,
-                                 *(&weight == &weights.back() ? last : whole)[which]);
+      segments.first_column = 0;
+      int64_t segment = 0;
+      for (int64_t tile = 0; tile < tiles.count(); ++tile) {
+        segments.columns = segments.stride = tiles.columns(tile);
+        if (kBias) segments.bias = data_of<float>(head.bias) + segments.first_column;
+        if constexpr (kPair) segments.logits[0] = tiles.multiply(*base_rows, tile, 0);
+        int64_t row = start;
+        for (const Tensor& variant : variants) {
+          segments.logits[kRoom] = tiles.multiply(variant, tile, kRoom);
+          segments.gold = states.gold(row);
+          segments.states = states.at(row, segment);
+          launch_segments(segments, rows, device.stream());
+          row += tokens;
         }
-        if (kBias) segments.bias = data_of<float>(head.bias) + first;
-        segments.stride = count;
-        segments.first_column = first;
-        segments.columns = count;
-        launch_segments(segments, rows, device.stream());
-        segments.states += segments_of(count);
-        first += count;
+        segments.first_column += segments.columns;
+        segment += segments_of(segments.columns);
       }
     }
   };
   return with_choice(prediction.softcap != 0, [&](auto capped) {
     with_choice(head.bias.has_value(), [&](auto biased) { fill(capped, biased); });
-    return finish<kPair, decltype(capped)::value>(prediction, states, device.stream());
+    return finish<kPair, decltype(capped)::value>(prediction, states, all, device.stream());
   });
 }
 
 TokenStats head_stats(Tensor residual, Tensor weight, OptionalTensor bias, Tensor targets,
                       double alpha, double softcap, int64_t d_vocab, int64_t column_tile) {
-  return head_stats_of<1>({residual}, checked("residual", residual, weight, bias, targets, alpha,
-                                              softcap, d_vocab, column_tile));
+  return head_stats_of<false>(
+      nullptr, residual,
+      checked("residual", residual, weight, bias, targets, alpha, softcap, d_vocab, column_tile));
 }
 
 PairStats head_pair_stats(Tensor base_residual, Tensor residual, Tensor weight, OptionalTensor bias,
@@ -137,10 +167,12 @@ PairStats head_pair_stats(Tensor base_residual, Tensor residual, Tensor weight, 
   check_real("residual", residual, 2);
   STD_TORCH_CHECK(residual.scalar_type() == base_residual.scalar_type(),
                   "residual differs in type from base_residual");
-  check_size("residual", residual, 0, base_residual.size(0));
+  const int64_t tokens = base_residual.size(0), rows = residual.size(0);
+  STD_TORCH_CHECK(tokens == 0 ? rows == 0 : rows % tokens == 0, "residual has ", rows,
+                  " rows, expected a multiple of the ", tokens, " of base_residual");
   check_size("residual", residual, 1, base_residual.size(1));
   check_device("residual", residual, base_residual);
-  return head_stats_of<2>({base_residual, residual}, head);
+  return head_stats_of<true>(&base_residual, residual, head);
 }
 
 }  // namespace

@@ -83,31 +83,33 @@ void launch_segments(const Segments<T, kPair, kCap, kBias>& args, int64_t rows, 
 using TokenStats = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using PairStats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// Statistics of rows that repeat the tokens of the targets as often as it takes.
 template <bool kPair, bool kCap>
-auto finish(const PredictionArgs& prediction, const States<kPair>& states, Stream stream) {
+auto finish(const PredictionArgs& prediction, const States<kPair>& states, int64_t rows,
+            Stream stream) {
   const Tensor& like = prediction.targets;
-  const int64_t tokens = prediction.tokens();
   Finish<kPair, kCap> args = {};
   args.states = states.at(0, 0);
   args.gold = states.gold(0);
   args.targets = data_of<int64_t>(prediction.targets);
-  args.rows = tokens;
+  args.rows = rows;
+  args.tokens = prediction.tokens();
   args.states_per_row = states.per_row();
   args.d_vocab = prediction.d_vocab;
   args.alpha = prediction.alpha;
   args.cap = cap_of<kCap>(prediction);
-  Tensor bits = empty_tensor({tokens}, ScalarType::Double, like);
+  Tensor bits = empty_tensor({rows}, ScalarType::Double, like);
   args.bits = mutable_data_of<double>(bits);
   const auto run = [&] {
     const int64_t rows_per_block = kFinishThreads / kWarp;
-    launch(finish_kernel<kPair, kCap>, grid_size_of((tokens + rows_per_block - 1) / rows_per_block),
+    launch(finish_kernel<kPair, kCap>, grid_size_of((rows + rows_per_block - 1) / rows_per_block),
            kFinishThreads, 0, stream, args);
   };
   if constexpr (kPair) {
-    Tensor bits_base = empty_tensor({tokens}, ScalarType::Double, like);
-    Tensor kl = empty_tensor({tokens}, ScalarType::Double, like);
-    Tensor agree = empty_tensor({tokens}, ScalarType::Bool, like);
-    Tensor gap = empty_tensor({tokens}, ScalarType::Double, like);
+    Tensor bits_base = empty_tensor({rows}, ScalarType::Double, like);
+    Tensor kl = empty_tensor({rows}, ScalarType::Double, like);
+    Tensor agree = empty_tensor({rows}, ScalarType::Bool, like);
+    Tensor gap = empty_tensor({rows}, ScalarType::Double, like);
     args.bits_base = mutable_data_of<double>(bits_base);
     args.kl = mutable_data_of<double>(kl);
     args.agree = mutable_data_of<bool>(agree);
@@ -115,9 +117,9 @@ auto finish(const PredictionArgs& prediction, const States<kPair>& states, Strea
     run();
     return PairStats{bits_base, bits, kl, agree, gap};
   } else {
-    Tensor lse = empty_tensor({tokens}, ScalarType::Double, like);
-    Tensor gold = empty_tensor({tokens}, ScalarType::Double, like);
-    Tensor argmax = empty_tensor({tokens}, ScalarType::Int, like);
+    Tensor lse = empty_tensor({rows}, ScalarType::Double, like);
+    Tensor gold = empty_tensor({rows}, ScalarType::Double, like);
+    Tensor argmax = empty_tensor({rows}, ScalarType::Int, like);
     args.lse = mutable_data_of<double>(lse);
     args.gold_logprob = mutable_data_of<double>(gold);
     args.argmax = mutable_data_of<int32_t>(argmax);

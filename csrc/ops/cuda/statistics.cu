@@ -27,7 +27,7 @@ auto stats_of(const Tensor& base, const Tensor* other, Real type, const Predicti
       segments.cap = cap_of<kCap>(args);
       launch_segments(segments, rows, device.stream());
     });
-    return finish<kPair, kCap>(args, states, device.stream());
+    return finish<kPair, kCap>(args, states, rows, device.stream());
   });
 }
 
