@@ -100,9 +100,10 @@ def topk_encode(
         if pool_bits is not None:
             pooled = reference.topk_as_sae_lens(x, call.encoder, k, pool_bits)
     elif use_native(impl, x.device):
-        parts = torch.ops.saelens_certify.topk_encode(
-            *call.native, pool_bits, min(k, W.shape[0]), *call.sizes
-        )
+        with margin.float32_accumulation(call.screen.precision):
+            parts = torch.ops.saelens_certify.topk_encode(
+                *call.native, pool_bits, min(k, W.shape[0]), *call.sizes
+            )
         everything, pooled = parts[:3], parts[3:] if pool_bits is not None else None
     else:
         everything, pooled = reference.topk_encode(
@@ -169,9 +170,10 @@ def threshold_encode(
 
 
 def _native_threshold(call: _Call, capacity: int) -> SparseCodes:
-    return SparseCodes(
-        *torch.ops.saelens_certify.threshold_encode(*call.native, capacity, *call.sizes)
-    )
+    with margin.float32_accumulation(call.screen.precision):
+        return SparseCodes(
+            *torch.ops.saelens_certify.threshold_encode(*call.native, capacity, *call.sizes)
+        )
 
 
 @dataclass(frozen=True)

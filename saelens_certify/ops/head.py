@@ -17,6 +17,7 @@ from saelens_certify.errors import CertifyError
 from saelens_certify.ops import reference
 from saelens_certify.ops._checks import REAL_DTYPES, check_device, check_dtype, check_shape
 from saelens_certify.ops._library import Impl, use_native
+from saelens_certify.ops.margin import float32_accumulation
 from saelens_certify.ops.statistics import (
     PairStats,
     TokenStats,
@@ -63,7 +64,8 @@ def head_stats(
     operator = reference.head_stats
     if use_native(impl, residual.device):
         operator = torch.ops.saelens_certify.head_stats
-    stats = TokenStats(*operator(residual.contiguous(), *head))
+    with float32_accumulation(residual.dtype):
+        stats = TokenStats(*operator(residual.contiguous(), *head))
     check_predictions("logits", stats.lse)
     return stats
 
@@ -122,7 +124,8 @@ def head_pair_stats(
         operator = torch.ops.saelens_certify.head_pair_stats
         if residual.device.type != "cpu":
             operator = partial(one_at_a_time, operator)
-    stats = PairStats(*operator(base_residual.contiguous(), residual.contiguous(), *head))
+    with float32_accumulation(residual.dtype):
+        stats = PairStats(*operator(base_residual.contiguous(), residual.contiguous(), *head))
     check_predictions("base logits", stats.bits_base)
     check_predictions("logits", stats.bits)
     return stats

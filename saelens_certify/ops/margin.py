@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ def gemm_error(d_in: int, device: torch.device, precision: torch.dtype = torch.f
     Args:
         d_in: Length of the dot products.
         device: Device that computes them.
-        precision: Type of the operands; 16-bit ones are multiplied as they are.
+        precision: Type of the operands; 16-bit ones are multiplied as they are, and added up in
+            float32 (`float32_accumulation`).
 
     Returns:
         A bound on ``|computed - exact| / (||x|| ||w||)`` for the operands that are multiplied.
@@ -66,6 +68,28 @@ def gemm_error(d_in: int, device: torch.device, precision: torch.dtype = torch.f
     if steps >= 0.5:
         raise CertifyError(f"d_in = {d_in} is too long for float32 screening")
     return (1 + operand) ** 2 * (1 + steps / (1 - steps)) - 1
+
+
+@contextmanager
+def float32_accumulation(precision: torch.dtype) -> Iterator[None]:
+    """Have products of 16-bit numbers added up in float32, whatever the user allows.
+
+    ``torch.backends.cuda.matmul.allow_fp16_accumulation`` lets a GPU add up float16 products in
+    float16. No useful bound holds then: sums overflow at 65504, and the error grows with
+    ``d_in * 2^-11``; and torch refuses to write such sums as float32.
+
+    Args:
+        precision: Type of the operands; only float16 is concerned.
+    """
+    matmul: Any = torch.backends.cuda.matmul
+    if precision != torch.float16 or not matmul.allow_fp16_accumulation:
+        yield
+        return
+    matmul.allow_fp16_accumulation = False
+    try:
+        yield
+    finally:
+        matmul.allow_fp16_accumulation = True
 
 
 def weight_norms(W: Float[Tensor, "d_sae d_in"]) -> Float32[Tensor, " d_sae"]:
