@@ -150,7 +150,7 @@ int main(int argc, char** argv) {
 CU
   "$nvcc" -arch=native -o "$OUT/.planted" "$OUT/.planted.cu" || return
   while read -r tool fault wanted; do
-    "$sanitizer" --tool "$tool" "$@" "$OUT/.planted" "$fault"
+    "$sanitizer" --tool "$tool" "$@" "$OUT/.planted" "$fault" </dev/null
     status=$?
     echo "$tool on a planted $fault: status $status, expected $wanted"
     [[ $status == "$wanted" ]] || result=1
