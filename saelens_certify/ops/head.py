@@ -6,7 +6,6 @@ The logits are ``residual @ W_U + b_U``; tiles of them exist for a moment, never
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -122,8 +121,6 @@ def head_pair_stats(
     operator = reference.head_pair_stats
     if use_native(impl, residual.device):
         operator = torch.ops.saelens_certify.head_pair_stats
-        if residual.device.type != "cpu":
-            operator = partial(one_at_a_time, operator)
     with float32_accumulation(residual.dtype):
         stats = PairStats(*operator(base_residual.contiguous(), residual.contiguous(), *head))
     check_predictions("base logits", stats.bits_base)
