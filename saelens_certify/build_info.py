@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from saelens_certify.ops._library import build_report, cuda_library, library
+from saelens_certify.ops._library import build_report, cuda_library, isa_problem, library
 
 
 def build_info() -> dict[str, Any]:
@@ -16,18 +16,19 @@ def build_info() -> dict[str, Any]:
     Returns:
         ``native``: whether compiled operators are active, and ``implementation``: "native" or
         "torch", what ``impl="auto"`` takes for CPU tensors; ``reason``: why not native (empty if
-        so); ``torch``: the version running; ``cuda``: its CUDA version (None: CPU build);
+        so; where SAELENS_CERTIFY_ISA is misspelt, "auto" is an error); ``torch``: the version running; ``cuda``: its CUDA version (None: CPU build);
         ``cuda_operators``: the operators compiled for CUDA tensors that are loaded, ``cuda_reason``:
         why there are none (empty if there are), ``cuda_architectures``: what they were compiled for;
         ``build``: what the build reported (torch built against, flags, outcome of each part);
         ``compiled``: compiler, C++ standard, pybind11 and instruction sets, as told by the
         torch-free module, if it is there.
     """
-    found, cuda, report = library(), cuda_library(), build_report()
+    cuda, report = cuda_library(), build_report()
+    reason = library().reason or isa_problem()
     return {
-        "native": found.path is not None,
-        "implementation": "torch" if found.path is None else "native",
-        "reason": found.reason,
+        "native": not reason,
+        "implementation": "torch" if reason else "native",
+        "reason": reason,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cuda_operators": [] if cuda.path is None else _cuda_operators(),

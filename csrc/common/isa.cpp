@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <stdexcept>
 #include <string>
 
 namespace saelens_certify {
@@ -22,10 +23,12 @@ Isa active_isa() {
   static const Isa isa = [] {
     const char* wanted = std::getenv("SAELENS_CERTIFY_ISA");
     const std::string name = wanted == nullptr ? "" : wanted;
-    Isa limit = Isa::kAvx512;
-    if (name == "scalar") limit = Isa::kBaseline;
-    if (name == "avx2") limit = Isa::kAvx2;
-    return std::min(limit, detected_isa());
+    if (name.empty()) return detected_isa();
+    for (const Isa limit : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+      if (name == isa_name(limit)) return std::min(limit, detected_isa());
+    }
+    throw std::runtime_error("SAELENS_CERTIFY_ISA=" + name +
+                             " is unknown: choose scalar, avx2 or avx512, or leave it unset");
   }();
   return isa;
 }

@@ -9,7 +9,7 @@ enum class Isa { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
 Isa detected_isa();
 
 // The detected one, or a lower one if the environment variable SAELENS_CERTIFY_ISA asks for it
-// (scalar, avx2, avx512). Read once.
+// (scalar, avx2, avx512). Read once; throws std::runtime_error if the name is another.
 Isa active_isa();
 
 const char* isa_name(Isa isa);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ Impl = Literal["auto", "native", "torch"]
 
 PACKAGE = Path(__file__).resolve().parents[1]
 BUILD_REPORT = PACKAGE / "_build_report.json"
+
+# What SAELENS_CERTIFY_ISA may ask for (csrc/common/isa.h).
+ISAS = ("scalar", "avx2", "avx512")
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,21 @@ def architecture_problem(capability: tuple[int, int]) -> str:
     )
 
 
+@cache
+def isa_problem() -> str:
+    """Why the compiled operators for CPU tensors refuse to run, empty if they do not.
+
+    They read SAELENS_CERTIFY_ISA once, when they are first used, as this does.
+    """
+    wanted = os.environ.get("SAELENS_CERTIFY_ISA", "")
+    if library().path is None or wanted in ("", *ISAS):
+        return ""
+    return (
+        f"SAELENS_CERTIFY_ISA={wanted} is unknown: choose {', '.join(ISAS[:-1])} or {ISAS[-1]}, or "
+        "leave it unset"
+    )
+
+
 def use_native(impl: Impl, device: torch.device) -> bool:
     """Whether to run the compiled operator.
 
@@ -85,12 +104,15 @@ def use_native(impl: Impl, device: torch.device) -> bool:
         device: Device of the inputs.
 
     Raises:
-        CertifyError: The name is unknown, or "native" is asked for and not available.
+        CertifyError: The name is unknown, "native" is asked for and not available, or
+            SAELENS_CERTIFY_ISA names no instruction set.
     """
     if impl not in ("auto", "native", "torch"):
         raise CertifyError(f"impl = {impl!r} is unknown: choose 'auto', 'native' or 'torch'")
     if impl == "torch":
         return False
+    if device.type == "cpu" and isa_problem():
+        raise CertifyError(isa_problem())
     missing = _missing(device)
     if missing and impl == "native":
         raise CertifyError(f"impl = 'native' is not possible: {missing}; use impl = 'auto'")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -121,6 +122,51 @@ def test_missing_library_is_said_plainly(monkeypatch):
         assert not use_native("auto", torch.device("cpu"))
     finally:
         library.cache_clear()
+
+
+_ISA = """
+import torch
+import saelens_certify
+from saelens_certify import ops
+info = saelens_certify.build_info()
+print(info["native"], info["reason"], info["compiled"]["isa_active"])
+codes = ops.SparseCodes(torch.ones(1, 1), torch.zeros(1, 1).int(), torch.ones(1).int())
+ops.decode(codes, torch.ones(1, 1), impl="torch")
+for impl in ("auto", "native"):
+    try:
+        ops.decode(codes, torch.ones(1, 1), impl=impl)
+    except saelens_certify.CertifyError as error:
+        print(error)
+try:
+    torch.ops.saelens_certify.decode(codes.values, codes.indices, codes.counts, torch.ones(1, 1), None)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("impl", NATIVE)
+@pytest.mark.parametrize("name", ["AVX2", "sclar", "scalar", ""])
+def test_a_misspelt_instruction_set_is_an_error(impl, name):
+    assert impl == "native"
+    run = subprocess.run(
+        [sys.executable, "-c", _ISA],
+        env={**os.environ, "SAELENS_CERTIFY_ISA": name},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if name in ("scalar", ""):
+        assert run.stdout.startswith("True ")
+        assert run.stdout.count("\n") == 1
+        assert run.stdout.endswith(" scalar\n") or not name
+        return
+    told = (
+        f"SAELENS_CERTIFY_ISA={name} is unknown: choose scalar, avx2 or avx512, or leave it unset"
+    )
+    info, *errors = run.stdout.splitlines()
+    assert info == f"False {told} none"
+    assert errors[:2] == [told, told]
+    assert told in errors[2]
 
 
 _MEMORY = """

@@ -9,9 +9,9 @@ namespace {
 // Reconstructs one row at a time, from the codes as they are or from renamed features.
 class RowDecoder {
  public:
-  explicit RowDecoder(const DecodeArgs& args)
+  RowDecoder(const DecodeArgs& args, const RowKernels& kernels)
       : args_(args),
-        kernels_(row_kernels()),
+        kernels_(kernels),
         slots_(args.values.size(1)),
         d_sae_(args.weight.size(0)),
         d_out_(args.weight.size(1)),
@@ -52,9 +52,10 @@ class RowDecoder {
 template <typename Visit>
 void for_each_permuted(const DecodeArgs& args, const Visit& visit) {
   const int64_t tokens = args.values.size(0);
+  const RowKernels& kernels = row_kernels();
   torch::stable::parallel_for(0, args.permutations->size(0) * tokens, 16,
                               [&](int64_t begin, int64_t end) {
-                                RowDecoder decoder(args);
+                                RowDecoder decoder(args, kernels);
                                 for (int64_t item = begin; item < end; ++item) {
                                   visit(decoder, item / tokens, item % tokens);
                                 }
@@ -67,8 +68,9 @@ std::tuple<Tensor, Tensor> decode_cpu(const DecodeArgs& args) {
   const int64_t tokens = args.values.size(0), d_out = args.weight.size(1);
   Tensor x_hat = empty_tensor({tokens, d_out}, ScalarType::Float);
   Tensor stats = empty_tensor({args.target.has_value() ? tokens : 0, 5}, ScalarType::Double);
+  const RowKernels& kernels = row_kernels();
   torch::stable::parallel_for(0, tokens, 16, [&](int64_t begin, int64_t end) {
-    RowDecoder decoder(args);
+    RowDecoder decoder(args, kernels);
     for (int64_t row = begin; row < end; ++row) {
       float* out = mutable_data_of<float>(x_hat) + row * d_out;
       decoder.decode(row, out);

@@ -115,6 +115,7 @@ TokenStats head_stats_cpu(const Tensor& residual, const HeadArgs& args) {
   std::vector<SoftmaxRow> states(tokens, kEmptyRow);
   std::vector<float> gold(tokens);
   const Tensor wide = in_float32(residual);
+  const RowKernels& kernels = row_kernels();
   for_each_tile(args, tokens, [&](HeadTile& tile, int64_t start, int64_t rows) {
     tile.multiply(wide, start, rows, 0);
     torch::stable::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
@@ -122,8 +123,7 @@ TokenStats head_stats_cpu(const Tensor& residual, const HeadArgs& args) {
         const int64_t row = start + local;
         const float* logits = tile.logits(local, 0);
         tile.for_each_block([&](int64_t at, int64_t count) {
-          row_kernels().softmax(logits + at, count, tile.first() + at, prediction.softcap,
-                                &states[row]);
+          kernels.softmax(logits + at, count, tile.first() + at, prediction.softcap, &states[row]);
         });
         if (tile.holds(target[row])) gold[row] = logits[target[row] - tile.first()];
       }
@@ -141,6 +141,7 @@ PairStats head_pair_stats_cpu(const Tensor& base, const Tensor& other, const Hea
   std::vector<SoftmaxPair> states(all, kEmptyPair);
   std::vector<float> base_gold(tokens), gold(all);
   const Tensor wide_base = in_float32(base), wide = in_float32(other);
+  const RowKernels& kernels = row_kernels();
   for_each_tile(args, tokens, [&](HeadTile& tile, int64_t start, int64_t rows) {
     tile.multiply(wide_base, start, rows, 0);
     for (int64_t variant = 0; variant < all; variant += tokens) {
@@ -150,8 +151,8 @@ PairStats head_pair_stats_cpu(const Tensor& base, const Tensor& other, const Hea
           const int64_t token = start + local, row = variant + token;
           const float *p = tile.logits(local, 0), *q = tile.logits(local, 1);
           tile.for_each_block([&](int64_t at, int64_t count) {
-            row_kernels().softmax_pair(p + at, q + at, count, tile.first() + at, prediction.softcap,
-                                       &states[row]);
+            kernels.softmax_pair(p + at, q + at, count, tile.first() + at, prediction.softcap,
+                                 &states[row]);
           });
           if (tile.holds(target[token])) {
             base_gold[token] = p[target[token] - tile.first()];

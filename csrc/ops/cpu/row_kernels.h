@@ -103,7 +103,8 @@ struct RowKernels {
 constexpr int64_t kFilterBlock = 512;
 constexpr int64_t kSoftmaxBlock = 2048;
 
-// The version for the active instruction set.
+// The version for the active instruction set (see active_isa). Operators ask before they run in
+// parallel, where the message of an error would be lost.
 const RowKernels& row_kernels();
 
 extern const RowKernels kBaselineKernels;
