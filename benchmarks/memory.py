@@ -32,8 +32,8 @@ class Allocations:
 def cpu_allocations(call: Callable[[], object]) -> tuple[Allocations, object]:
     """Run a call and return what torch's CPU allocator handed out meanwhile, and the result.
 
-    Allocations inside compiled operators count, if they are tensors; a few kilobytes of C++ vectors
-    do not.
+    Allocations inside compiled operators count, if they are tensors. Their C++ buffers do not: some MiB of
+    candidates in the encoders.
     """
     gc.collect()
     with (

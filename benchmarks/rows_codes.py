@@ -27,8 +27,7 @@ def code_rows(device: str) -> list[Row]:
 
 def _rows_of(shape: Shape, device: str) -> list[Row]:
     cuda = device == "cuda"
-    worthwhile = shape.m / shape.k >= 500
-    dense = _DENSE_CUDA.get(shape.name) if cuda else (0.05 if worthwhile else None)
+    dense = _DENSE_CUDA.get(shape.name) if cuda else 0.05
     return [
         Row(
             f"K3.count.{shape.name}",
@@ -210,8 +209,8 @@ def _permuted(session: Session, shape: Shape) -> Measured:
 
     first = errors(i.codes[0])[0]
     check("statistics", first, once(i.codes[0].map_indices(permutations[0])), 0.0)
-    row = _gather(i, with_target=True)
-    work = Work(n_bytes=PERMUTATIONS * row.n_bytes)
+    # A row of the target is read in place of the row that a decode writes.
+    work = Work(n_bytes=PERMUTATIONS * _gather(i).n_bytes)
     baseline = i.codes.call(once)
     if session.device == "cuda":
         baseline = i.codes.replayed(once) or baseline

@@ -132,13 +132,19 @@ def _pooled(session: Session, shape: Shape) -> Measured:
     i = SaeInputs.of(session, shape)
     k, bits = i.shape.k, ops.pool_bits(i.pool_mask)
 
-    def dense(x: Tensor) -> tuple[object, object]:
+    def dense(x: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         features = torch.addmm(i.bias, x, i.weight.T).relu_()
         return features.topk(k, dim=1), features.mul_(i.pool_mask).topk(k, dim=1)
 
-    def encode(x: Tensor) -> object:
-        return ops.topk_encode(x, i.weight, i.bias, k=k, pool_bits=bits, screen=i.screen)
+    def encode(x: Tensor) -> tuple[SparseCodes, SparseCodes]:
+        everything, members = ops.topk_encode(
+            x, i.weight, i.bias, k=k, pool_bits=bits, screen=i.screen
+        )
+        assert members is not None
+        return everything, members
 
+    for mine, theirs in zip(encode(i.x[0]), dense(i.x[0]), strict=True):
+        check("the largest features", mine.values, theirs[0], 1e-4)
     work = [_product(i), _rescoring(i)]
     return compare_face(session, i.x, encode, i.x.call(dense), work=work)
 

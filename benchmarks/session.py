@@ -131,7 +131,7 @@ class Session:
             ours: What is measured.
             baseline: What it is measured against.
             work: Stages whose floor is reported.
-            information: Further contenders, timed once after the comparison; reported as
+            information: Further contenders, timed three times after the comparison; reported as
                 ``<name>_s``.
             memory: Whether to report the peak extra memory of one call of ours.
             better: "lower": ratio ours / baseline; "higher": baseline / ours.
@@ -150,8 +150,8 @@ class Session:
             "rounds": len(mine.samples),
         }
         for name, call in (information or {}).items():
-            once = self.time({name: call}, min_rounds=1, max_rounds=1, warm_up=False)
-            found[f"{name}_s"] = once[name].median
+            times = self.time({name: call}, min_rounds=3, max_rounds=3)
+            found[f"{name}_s"] = times[name].median
         if memory:
             found["peak_extra_bytes"] = footprint(lambda: ours(0), self.device).extra
         if stages:

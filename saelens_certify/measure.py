@@ -36,7 +36,15 @@ from saelens_certify.runs import (
     run_key,
 )
 from saelens_certify.saes import Coding
-from saelens_certify.states import States, base_pass, batch_states, batches, by_width, encoded_alike
+from saelens_certify.states import (
+    States,
+    base_pass,
+    batch_states,
+    batches,
+    by_width,
+    encoded_alike,
+    most_variants,
+)
 from saelens_certify.subject import Reader, Subject
 
 
@@ -130,13 +138,26 @@ def measure(
         sequence, one entry per permutation, equal to the ``mse`` of a variant that decodes with it. With horizons
         also ``kl_h0``, …: divergences read out so many blocks after the patched one.
     """
-    collected: dict[str, list[Columns]] = {name: [] for name in subjects}
-    for batch in batches(engine, tokens, config):
-        base = base_pass(engine, subjects, batch)
-        for states in batch_states(engine, subjects, base, config, special_ids):
-            for name, columns in _evidence(engine, base, states, config).items():
-                collected[name].append(columns)
-    return {name: concatenate(parts) for name, parts in collected.items()}
+    parts = [
+        _measure_batch(engine, subjects, batch, config, special_ids)
+        for batch in batches(engine, tokens, config, most_variants(subjects))
+    ]
+    return {name: concatenate([part[name] for part in parts]) for name in subjects}
+
+
+def _measure_batch(
+    engine: ForwardEngine,
+    subjects: Mapping[str, Subject],
+    batch: Int[Tensor, "batch pos"],
+    config: CertifyConfig,
+    special_ids: tuple[int, ...],
+) -> dict[str, Columns]:
+    """Measure one batch; its states are gone before the next one's are made."""
+    base = base_pass(engine, subjects, batch)
+    columns: dict[str, Columns] = {}
+    for states in batch_states(engine, subjects, base, config, special_ids):
+        columns |= _evidence(engine, base, states, config)
+    return columns
 
 
 def _evidence(

@@ -13,7 +13,7 @@ from saelens_certify.config import CertifyConfig
 from saelens_certify.forward import FinalState, ForwardEngine
 from saelens_certify.outputs import prediction_statistics
 from saelens_certify.runs import run_key
-from saelens_certify.states import base_pass, batch_states, batches
+from saelens_certify.states import base_pass, batch_states, batches, most_variants
 from saelens_certify.subject import Subject
 
 
@@ -53,7 +53,7 @@ def token_outputs(
         some sequences has its predictions there.
     """
     collected: dict[str, dict[str, list[_Predictions]]] = {name: {} for name in subjects}
-    for batch in batches(engine, tokens, config):
+    for batch in batches(engine, tokens, config, most_variants(subjects)):
         base = base_pass(engine, subjects, batch)
         everywhere = torch.arange(len(batch), device="cpu")
         unpatched = FinalState(base.tokens, base.final)

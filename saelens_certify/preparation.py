@@ -81,7 +81,7 @@ def try_out(
         engine: The model.
         saes: The SAEs, by name.
         probe: Calibration sequences.
-        configs: The settings.
+        configs: The settings; one ``impl`` in all of them.
 
     Returns:
         The engine with the fastest way of running forwards that is right for all SAEs, and what
@@ -100,7 +100,8 @@ def try_out(
     for name, each in saes.items():
         check_order(each.adapter, activations)
         check_width(each.adapter, activations)
-        found = self_check(each.loaded.sae, each.adapter, activations[each.adapter.input_hook])
+        x = activations[each.adapter.input_hook]
+        found = self_check(each.loaded.sae, each.adapter, x, configs[0].impl)
         checks[name] = dataclasses.asdict(found)
     outputs = sorted({each.adapter.output_hook for each in saes.values()})
     strategies = [choose_strategy(engine.model, probe, hook) for hook in outputs]

@@ -15,17 +15,43 @@ from saelens_certify.forward import BasePass, FinalState, ForwardEngine
 from saelens_certify.horizons import horizon_blocks
 from saelens_certify.outputs import Columns
 from saelens_certify.positions import coded_positions
-from saelens_certify.runs import Run, RunKey, encode_batch, run_suffixes
+from saelens_certify.runs import Run, RunKey, encode_batch, run_key, run_suffixes
 from saelens_certify.subject import Reader, Subject, encoding_key
 
 Who = TypeVar("Who", Reader, Subject)
 
 
+_VARIANTS_AT_ONCE = 20
+"""Variants of a full batch whose states are alive at a time."""
+
+
 def batches(
-    engine: ForwardEngine, tokens: Int[Tensor, "n pos"], config: CertifyConfig
+    engine: ForwardEngine, tokens: Int[Tensor, "n pos"], config: CertifyConfig, n_variants: int = 1
 ) -> Sequence[Tensor]:
-    """Cut sequences into the batches that a model on this device is given at a time."""
-    return torch.split(tokens, max(1, config.tokens_per_pass(engine.device) // tokens.shape[1]))
+    """Cut sequences into the batches that a model on this device is given at a time.
+
+    Args:
+        engine: The model.
+        tokens: Sequences of L tokens.
+        config: Settings of the pass.
+        n_variants: Variants that are run on each sequence. All states of a batch are alive at once, so many
+            variants have smaller batches; their passes are as large as ever, being joined.
+    """
+    per_batch = config.tokens_per_pass(engine.device) // tokens.shape[1]
+    if n_variants > _VARIANTS_AT_ONCE:
+        per_batch = per_batch * _VARIANTS_AT_ONCE // n_variants
+    return torch.split(tokens, max(1, per_batch))
+
+
+def most_variants(subjects: Mapping[str, Subject]) -> int:
+    """Variants of the subjects that share codes, where these are most."""
+    return max(
+        (
+            len({run_key(subject, v) for subject in group.values() for v in subject.variants})
+            for group in encoded_alike(subjects)
+        ),
+        default=0,
+    )
 
 
 @dataclass(frozen=True)

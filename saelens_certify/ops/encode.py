@@ -4,7 +4,8 @@ The score of feature j is defined bit by bit, so that it does not depend on batc
 threads, device or matrix product library: ``scale_j * (sum_i x_i W_ji + bias_j)`` in float64, the
 sum over 32 lanes (lane = i mod 32, ascending inside a lane, then pairwise at distance 16, 8, 4, 2,
 1), rounded once to float32. A fast matrix product over tiles of features screens; only features
-within its error bound of the selection are scored exactly. No tokens x features tensor is formed.
+within its error bound of the selection are scored exactly. No tokens x features tensor is formed, but for one
+case: `threshold_encode` has as many slots for every token as the busiest one needs.
 
 ``mode="reference"`` is the exception: it selects what SAELens itself would select, in the SAE's
 own precision, for replicating published numbers.

@@ -96,13 +96,13 @@ class FusedAdapter(SAEAdapter):
             features = ops.threshold_encode(
                 u, self.encoder, self.encoder_bias, **self._rule(), impl=impl
             )
-            pooled = None if pool_bits is None else ops.restrict(features, pool_bits)
+            pooled = None if pool_bits is None else ops.restrict(features, pool_bits, impl=impl)
         else:
             rule_is_own = self.k is None or coding.k is None
             features, pooled = self._largest(u, k, pool_bits if rule_is_own else None, impl)
             if not rule_is_own and coding.k is not None:
                 if pool_bits is not None:
-                    pooled = ops.restrict(features, pool_bits).first(coding.k)
+                    pooled = ops.restrict(features, pool_bits, impl=impl).first(coding.k)
                 features = features.first(coding.k)
         return Codes(features, pooled, token_map)
 

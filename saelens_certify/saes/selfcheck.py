@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelens_certify.errors import CertifyError
+from saelens_certify.ops import Impl
 from saelens_certify.saes.adapter import SAEAdapter
 from saelens_certify.saes.copies import float32_copy, working_copy
 from saelens_certify.saes.fused import FusedAdapter
@@ -53,7 +54,7 @@ class SelfCheck:
 
 @torch.no_grad()
 def self_check(
-    sae: Any, adapter: SAEAdapter, activation: Float[Tensor, "batch pos ..."]
+    sae: Any, adapter: SAEAdapter, activation: Float[Tensor, "batch pos ..."], impl: Impl = "auto"
 ) -> SelfCheck:
     """Compare ``adapter.reconstruct`` with ``sae.forward``.
 
@@ -61,6 +62,7 @@ def self_check(
         sae: The SAELens object; it is left as it was.
         adapter: The adapter made from it.
         activation: Real activations at the input hook, in the hook's own shape.
+        impl: Which operators run: those of the measurement.
 
     Returns:
         How well they agree.
@@ -73,13 +75,13 @@ def self_check(
     # Rounded once, here: what the SAE would do first, and some of its terms would not take otherwise.
     x = activation.flatten(2).to(device=adapter.device, dtype=dtype)
     few = x[: max(1, _MAX_TOKENS // x.shape[1])]
-    _check_independent(adapter, x)
+    _check_independent(adapter, x, impl)
     if dtype in (torch.float64, torch.float32) or not isinstance(adapter, FusedAdapter):
-        return _compare(working_copy(sae), adapter, few, _TOLERANCE[dtype])
+        return _compare(working_copy(sae), adapter, few, _TOLERANCE[dtype], impl)
     # Our operators compute in float32 from weights of 16 bits. So does the SAE when it is taken to
     # float32, where a wrong function cannot hide in the rounding.
-    result = _compare(float32_copy(sae), adapter, few.float(), _TOLERANCE[torch.float32])
-    rounded = _error(adapter, few, working_copy(sae).forward(few)).median()
+    result = _compare(float32_copy(sae), adapter, few.float(), _TOLERANCE[torch.float32], impl)
+    rounded = _error(adapter, few, working_copy(sae).forward(few), impl).median()
     if not rounded <= _TOLERANCE[dtype]:
         raise CertifyError(
             f"this SAE in {str(dtype).removeprefix('torch.')} differs from the same weights in float32: "
@@ -92,17 +94,21 @@ def self_check(
 
 
 def _compare(
-    sae: Any, adapter: SAEAdapter, x: Float[Tensor, "batch pos d_in"], tolerance: float
+    sae: Any,
+    adapter: SAEAdapter,
+    x: Float[Tensor, "batch pos d_in"],
+    tolerance: float,
+    impl: Impl,
 ) -> SelfCheck:
     expected = sae.forward(x)
     encoded = sae.encode(x)
     dense = encoded.to_dense() if encoded.is_sparse else encoded
     theirs = dense.reshape(-1, adapter.d_sae).float()
-    codes = adapter.encode(x)
+    codes = adapter.encode(x, impl=impl)
     ours = codes.features.to_dense(adapter.d_sae)
-    error = _error(adapter, x, expected)
+    error = _error(adapter, x, expected, impl)
     # With the SAE's own selection, only decoding is left to differ.
-    decoded = adapter.decode(sparse(theirs, None), codes.token_map)
+    decoded = adapter.decode(sparse(theirs, None), codes.token_map, impl=impl)
     sizes = adapter.added_up(x.reshape(-1, adapter.d_in), codes)
     decoding_error = (decoded - expected.reshape(decoded.shape).float()).norm(dim=-1) / sizes
     suspicious = (~(error <= tolerance)).nonzero().flatten().tolist()
@@ -130,12 +136,13 @@ def _differs(adapter: SAEAdapter) -> str:
 
 
 def _error(
-    adapter: SAEAdapter, x: Float[Tensor, "batch pos d_in"], expected: Tensor
+    adapter: SAEAdapter, x: Float[Tensor, "batch pos d_in"], expected: Tensor, impl: Impl
 ) -> Float[Tensor, " tokens"]:
     """Errors of reconstructions, relative to the sizes that are added up in them."""
-    found = adapter.reconstruct(x).reshape(-1, adapter.d_out)
+    found = adapter.reconstruct(x, impl).reshape(-1, adapter.d_out)
     difference = (found - expected.reshape(found.shape).float()).norm(dim=-1)
-    return difference / adapter.added_up(x.reshape(-1, adapter.d_in), adapter.encode(x))
+    codes = adapter.encode(x, impl=impl)
+    return difference / adapter.added_up(x.reshape(-1, adapter.d_in), codes)
 
 
 def _is_tie(
@@ -166,7 +173,7 @@ def _count(mask: Bool[Tensor, " d_sae"]) -> int:
     return int(mask.sum())
 
 
-def _check_independent(adapter: SAEAdapter, x: Float[Tensor, "batch pos d_in"]) -> None:
+def _check_independent(adapter: SAEAdapter, x: Float[Tensor, "batch pos d_in"], impl: Impl) -> None:
     """Check that a sequence's codes do not depend on what else is in the batch.
 
     Raises:
@@ -175,8 +182,10 @@ def _check_independent(adapter: SAEAdapter, x: Float[Tensor, "batch pos d_in"]) 
     if isinstance(adapter, FusedAdapter):
         return  # tokens are encoded one by one
     x = x[:4, : _MAX_TOKENS // 4]
-    together = adapter.encode(x).features.to_dense(adapter.d_sae)
-    alone = torch.cat([adapter.encode(one).features.to_dense(adapter.d_sae) for one in x])
+    together = adapter.encode(x, impl=impl).features.to_dense(adapter.d_sae)
+    alone = torch.cat(
+        [adapter.encode(one, impl=impl).features.to_dense(adapter.d_sae) for one in x]
+    )
     changed = int(((together != 0) != (alone != 0)).any(dim=-1).sum())
     # Rounding of other matrix shapes moves a feature now and then.
     if changed > len(together) // 10:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.builders import (
     D_SAE,
@@ -97,6 +98,21 @@ def test_native_and_torch_operators_give_the_same_certificate() -> None:
         )
         assert_same(native, torch_only)
         np.testing.assert_array_equal(native.column("mse"), torch_only.column("mse"))
+
+
+class _NoCompiledOperator(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.namespace != "saelens_certify", func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["topk", "standard", "jumprelu"])
+def test_torch_operators_are_torch_alone(kind) -> None:
+    config = dataclasses.replace(BASE, impl="torch", error_permutations=2)
+    with _NoCompiledOperator():
+        run(config, sae=make_sae(kind))
+    with pytest.raises(AssertionError), _NoCompiledOperator():
+        run(dataclasses.replace(config, impl="native"), sae=make_sae(kind))
 
 
 @pytest.mark.parametrize("kind", ["topk", "standard", "jumprelu"])

@@ -9,6 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.memory import cpu_allocations
+from engine.builders import hooked_transformer, make_sae, make_tokens
+from saelens_certify import CertifyConfig
+from saelens_certify.forward import ForwardEngine
+from saelens_certify.measure import Columns, calibrate, measure
+from saelens_certify.saes import adapt
+from saelens_certify.subject import Reader, Subject
+
 TESTS = Path(__file__).resolve().parents[1]
 N_TOKENS, D_SAE, D_VOCAB = 8192, 16384, 16384
 
@@ -69,3 +77,30 @@ def test_peak_memory_of_a_batch_of_8192_tokens(kind: str, impl: str, head: str) 
     dense_features, dense_logits = 4 * N_TOKENS * D_SAE, 4 * N_TOKENS * D_VOCAB
     assert 1 < found["l0"] < 2000
     assert found["grown"] < 0.25 * min(dense_features, dense_logits), found
+
+
+def test_memory_does_not_grow_with_the_number_of_permutations() -> None:
+    """Beyond a few of them batches are smaller: what the states of all variants take is bounded."""
+    model, adapter = hooked_transformer(), adapt(make_sae())
+    engine = ForwardEngine(model)
+    tokens = make_tokens(64, seed=3)
+
+    def peak(permutations: int) -> int:
+        config = CertifyConfig(
+            seq_len=tokens.shape[1], batch_tokens=tokens.numel(), permutations=permutations, progress=False
+        )  # fmt: skip
+        found = calibrate(engine, {"sae": Reader(adapter, config)}, tokens, config)["sae"]
+        subject = Subject.of(adapter, found, config)
+        columns: dict[str, Columns] = {}
+
+        def work() -> None:
+            columns.update(measure(engine, {"sae": subject}, tokens, config))
+
+        allocations, _ = cpu_allocations(work)
+        assert len(columns["sae"]["loss_sae"]) == len(tokens)
+        assert f"loss_permuted_{permutations - 1}" in columns["sae"]
+        return allocations.peak
+
+    few, many = peak(20), peak(160)
+    assert many < 1.3 * few, (few, many)
+    assert few < 1.3 * 4 * peak(5), "a full batch where that is possible"

@@ -17,6 +17,7 @@ from benchmarks.random_models import (
 )
 from benchmarks.reference_protocol import reference_evaluate, reference_permuted_losses
 from benchmarks.session import Session
+from benchmarks.whole_work import work_of
 from saelens_certify.proxies import feature_permutation
 
 
@@ -55,6 +56,26 @@ def test_both_sides_do_the_same_task() -> None:
             theirs = getattr(evidence, name).double()
             assert torch.from_numpy(columns[name]).allclose(theirs, atol=1e-4)
         assert columns["violation"].tolist() == evidence.violation.tolist()
+
+
+def test_the_work_of_a_measurement_is_what_it_multiplies() -> None:
+    bench = Bench.of(Session("cpu", quick=True), GPT2)
+    task = Task.of(bench, [3], units=1)
+    model, sae = bench.model, bench.sae(3)
+    weights = [*model.parameters(), *sae.parameters()]
+    rest, encoder = work_of(lambda: run_ours(bench, task), weights, torch.float32, screened=True)
+    calibrated, measured = task.calibration.numel(), task.evaluation.numel()
+    d, predicted = model.cfg.d_model, measured * 31 // 32
+    assert encoder.flops == 2 * d * sae.cfg.d_sae * (calibrated + measured)
+    assert encoder.precision == "16bit"
+    # Linear maps of a block, and scores and mixtures of attention over 32 positions.
+    block = 2 * d * (4 * d + 2 * model.cfg.d_mlp) + 2 * 2 * 32 * d
+    layers = model.cfg.n_layers
+    blocks = 3 * calibrated + (layers + (layers - 3)) * measured
+    head = 2 * 2 * d * model.cfg.d_vocab * predicted
+    # One sequence violates the pool: its suffix, decoding and head come on top.
+    assert 1.0 <= rest.flops / (block * blocks + head) < 1.3
+    assert rest.n_bytes == sum(weight.nbytes for weight in weights)
 
 
 def test_the_identity_permutation_is_the_sae_itself() -> None:

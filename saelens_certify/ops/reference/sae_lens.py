@@ -18,9 +18,13 @@ def _activations(x: Tensor, encoder: Encoder, relu: bool = True) -> Tensor:
     """Dense activations, zero where a feature is not active (or scores, where only ReLU follows)."""
     dtype = encoder.W.dtype
     product = x.to(dtype) @ encoder.W.t()
-    score = product + encoder.bias.to(dtype)
-    if encoder.scale is not None:
-        score = score * encoder.scale.to(dtype)
+    if encoder.scale is None:
+        score = product + encoder.bias.to(dtype)
+    elif encoder.gate_bias is None:
+        score = (product + encoder.bias.to(dtype)) * encoder.scale.to(dtype)
+    else:  # a gated SAE scales its weights, and multiplies once more
+        magnitude = x.to(dtype) @ (encoder.W * encoder.scale.to(dtype)[:, None]).t()
+        score = magnitude + (encoder.bias * encoder.scale).to(dtype)
     if not relu and encoder.theta is None and encoder.gate_bias is None:
         return score
     active = score > (0 if encoder.theta is None else encoder.theta.to(dtype))
