@@ -253,6 +253,23 @@ def test_rows_with_outlier_dimensions(backend, screen, size):
     same_bits(threshold(backend, case, every.slots, screen), every)
 
 
+@pytest.mark.parametrize("screen", SCREENS[1:])
+def test_outlier_dimensions_that_some_chunks_do_not_have(backend, screen):
+    case = random_case(3, 40, 100, 700)
+    x = case.x.clone()
+    x[:30, 3] *= 1e4
+    x[20:, [40, 77]] *= 1e4
+    x[4:8, 5] *= 1e8
+    case = replace(case, x=x, theta=None)
+    wanted, wanted_pool = on_cpu(case, 15)
+    every = all_on_cpu(case)
+    for rows in (0, 4, 13):
+        top, pooled = topk(backend, case, 15, screen, rows)
+        same_bits(top, wanted)
+        same_bits(pooled, wanted_pool)
+        same_bits(threshold(backend, case, every.slots, screen, rows), every)
+
+
 def adversaries(m: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Rows and weights that fill candidate buffers beyond what bounds can sort out."""
     flat = torch.full((m, 8), 0.37)

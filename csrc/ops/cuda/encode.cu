@@ -98,6 +98,7 @@ class CudaEncoder {
     view_tiles();
     launch(tile_margins_kernel, grid_size_of(tiles()), kMarginThreads, 0, stream_, view_,
            args_.column_tile, tile_margins_);
+    choose_outliers();
     for (int64_t start = 0; start < args_.tokens(); start += args_.row_chunk) {
       const int64_t rows = std::min(args_.row_chunk, args_.tokens() - start);
       prepare(lists, start, rows);
@@ -134,18 +135,22 @@ class CudaEncoder {
     outliers_ = {chosen_, outputs_.outlier_inputs, outlier_weights_, stride};
   }
 
+  // Those of the rows of all chunks: any choice gives the same codes, and one block chooses while
+  // the rest of the device waits.
+  void choose_outliers() {
+    if (outliers_.count == nullptr) return;
+    launch(choose_outliers_kernel, 1, kChooseThreads, 0, stream_, view_, args_.tokens(), energy_,
+           chosen_);
+    with_type(args_.weight_type, [&](auto type) {
+      using W = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+      const int64_t blocks = (outliers_.stride + kGatherThreads - 1) / kGatherThreads;
+      launch(gather_outliers_kernel<W>, grid_size_of(blocks), kGatherThreads, 0, stream_, view_,
+             outliers_, outlier_weights_);
+    });
+  }
+
   template <typename Lists>
   void prepare(const Lists& lists, int64_t start, int64_t rows) {
-    if (outliers_.count != nullptr) {
-      launch(choose_outliers_kernel, 1, kChooseThreads, 0, stream_, view_, start, rows, energy_,
-             chosen_);
-      with_type(args_.weight_type, [&](auto type) {
-        using W = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-        const int64_t blocks = (outliers_.stride + kGatherThreads - 1) / kGatherThreads;
-        launch(gather_outliers_kernel<W>, grid_size_of(blocks), kGatherThreads, 0, stream_, view_,
-               outliers_, outlier_weights_);
-      });
-    }
     const Real type = !screened()                                              ? Real::kFloat32
                       : args_.screen_weight->scalar_type() == ScalarType::Half ? Real::kFloat16
                                                                                : Real::kBFloat16;

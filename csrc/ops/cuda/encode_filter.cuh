@@ -14,7 +14,7 @@ constexpr int kFilterRows = kFilterThreads / kWarp;
 constexpr int kGroup = 4 * kWarp;
 constexpr int kGroups = 4;
 
-// Outlier dimensions of a chunk of rows: left out of the product, added here in float32.
+// Outlier dimensions of the rows of a call: left out of the product, added here in float32.
 struct Outliers {
   static constexpr int kMost = 8;
   const int32_t* count;  // null: there are none

@@ -64,18 +64,16 @@ __device__ inline unsigned long long block_max(unsigned long long key) {
   return key;
 }
 
-// Chooses the dimensions that hold most of the energy of a chunk's rows, each row counting the
+// Chooses the dimensions that hold most of the energy of the rows of a call, each row counting the
 // same; none unless they pay. Any choice gives the same codes. One block; `energy` is [d_in],
 // `chosen` the number of dimensions, then the dimensions.
 __global__ void __launch_bounds__(kChooseThreads)
-    choose_outliers_kernel(EncodeView view, int64_t first_row, int64_t rows, float* energy,
-                           int32_t* chosen) {
+    choose_outliers_kernel(EncodeView view, int64_t rows, float* energy, int32_t* chosen) {
   __shared__ float inverse[kSampleRows];
   const int64_t step = max(int64_t{1}, rows / kSampleRows);
   const int samples = static_cast<int>(min(int64_t{kSampleRows}, rows / step));
-  const float* x = view.x + first_row * view.d_in;
   for (int sample = warp_id(); sample < samples; sample += kChooseThreads / kWarp) {
-    const float* from = x + sample * step * view.d_in;
+    const float* from = view.x + sample * step * view.d_in;
     const double length = sqrt(warp_dot<8>(from, from, view.d_in));
     if (lane_id() == 0) inverse[sample] = length > 1e-30 ? static_cast<float>(1 / length) : 0.0f;
   }
@@ -83,7 +81,7 @@ __global__ void __launch_bounds__(kChooseThreads)
   for (int64_t i = threadIdx.x; i < view.d_in; i += kChooseThreads) {
     float sum = 0;
     for (int sample = 0; sample < samples; ++sample) {
-      const float part = x[sample * step * view.d_in + i] * inverse[sample];
+      const float part = view.x[sample * step * view.d_in + i] * inverse[sample];
       sum += part * part;
     }
     energy[i] = sum;
