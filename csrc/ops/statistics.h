@@ -15,11 +15,20 @@ struct PredictionArgs {
   double alpha;
   double softcap;
   int64_t d_vocab;
+
+  int64_t tokens() const { return targets.size(0); }
 };
 
-// Checks what all operators on predictions share; `columns` is the width of the logits.
-PredictionArgs checked_prediction(Tensor targets, int64_t tokens, int64_t columns, double alpha,
+// Checks what all operators on predictions share; `columns` is the width of the logits, and `like`
+// has a row per token. What the targets are is not looked at: it may lie on a device.
+PredictionArgs checked_prediction(Tensor targets, const Tensor& like, int64_t columns, double alpha,
                                   double softcap, int64_t d_vocab);
+
+// The type of the logits of a pair of predictions.
+Real checked_pair(const Tensor& base_logits, const Tensor& logits);
+
+// That every target lies inside the vocabulary.
+void check_targets_cpu(const PredictionArgs& args);
 
 // Loss (bits), log-sum-exp (nats), gold log-probability (nats), most likely token. A row with NaN
 // or, without a cap, with +inf or only -inf, gives NaN.

@@ -336,6 +336,14 @@ def test_arguments_are_checked(backend):
         backend.ops.head_stats(logits, W, b, targets, 0.1, 0.0, 20, -1)
 
 
+@pytest.mark.parametrize("softcap", [-1.0, 1e-31, 1e31, float("inf"), float("nan")])
+def test_both_devices_refuse_the_same_caps(backend, softcap):
+    inputs = (torch.zeros(3, 8), torch.zeros(3).long())
+    for ops, there in ((backend.ops, backend.to(*inputs)), (CPU, inputs)):
+        with pytest.raises(RuntimeError, match="softcap = .* must lie between 1e-30 and 1e30"):
+            ops.token_stats(*there, 0.1, softcap, 8)
+
+
 @pytest.mark.parametrize("name", ["token_stats", "pair_stats", "head_stats", "head_pair_stats"])
 def test_registration(backend, name):
     logits, targets, W, b = backend.to(

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "ops/cuda/prediction.cuh"
+#include "ops/head.h"
 
 namespace saelens_certify {
 
@@ -15,31 +16,6 @@ namespace {
 // the products are large enough to fill the device.
 constexpr int64_t kRowChunk = 1024;
 constexpr int64_t kColumnTile = kSegmentColumns;
-
-struct Head {
-  Tensor weight;        // real [d_model, columns], any strides
-  OptionalTensor bias;  // float32 [columns]
-  PredictionArgs prediction;
-  int64_t column_tile;
-};
-
-Head checked(const char* name, const Tensor& residual, Tensor weight, OptionalTensor bias,
-             Tensor targets, double alpha, double softcap, int64_t d_vocab, int64_t column_tile) {
-  check_real(name, residual, 2);
-  STD_TORCH_CHECK(weight.dim() == 2, "weight has ", weight.dim(), " dimensions, expected 2");
-  STD_TORCH_CHECK(weight.scalar_type() == residual.scalar_type(), "weight has type ",
-                  torch::headeronly::toString(weight.scalar_type()), ", ", name, " has type ",
-                  torch::headeronly::toString(residual.scalar_type()));
-  check_size("weight", weight, 0, residual.size(1));
-  check_vector("bias", bias, ScalarType::Float, weight.size(1));
-  check_device("weight", weight, residual);
-  check_device("bias", bias, residual);
-  STD_TORCH_CHECK(column_tile >= 0, "column_tile = ", column_tile,
-                  " must not be negative (0: default)");
-  return {weight, bias,
-          checked_prediction(targets, residual, weight.size(1), alpha, softcap, d_vocab),
-          std::min(column_tile == 0 ? kColumnTile : column_tile, d_vocab)};
-}
 
 Tensor narrowed(Tensor tensor, int64_t dimension, int64_t first, int64_t count) {
   return torch::stable::narrow(tensor, dimension, first, count);
@@ -51,7 +27,7 @@ Tensor reshaped(const Tensor& flat, int64_t rows, int64_t columns) {
 }
 
 // States of all tiles: their number per row.
-int64_t states_of(const Head& head) {
+int64_t states_of(const HeadArgs& head) {
   const int64_t d_vocab = head.prediction.d_vocab, whole = d_vocab / head.column_tile;
   return whole * segments_of(head.column_tile) + segments_of(d_vocab - whole * head.column_tile);
 }
@@ -61,7 +37,7 @@ int64_t states_of(const Head& head) {
 class Tiles {
  public:
   // Rows at most, in `rooms` rooms.
-  Tiles(const Head& head, int64_t rows, size_t rooms, const Tensor& like) : rooms_(rooms) {
+  Tiles(const HeadArgs& head, int64_t rows, size_t rooms, const Tensor& like) : rooms_(rooms) {
     const int64_t d_vocab = head.prediction.d_vocab;
     for (int64_t first = 0; first < d_vocab; first += head.column_tile) {
       const int64_t columns = std::min(head.column_tile, d_vocab - first);
@@ -102,7 +78,7 @@ class Tiles {
 // A residual has `tokens` rows for each of several predictions; of a pair, each is compared with
 // the base, whose logits in a tile are computed once for all of them.
 template <bool kPair>
-auto head_stats_of(const Tensor* base, const Tensor& residual, const Head& head) {
+auto head_stats_of(const Tensor* base, const Tensor& residual, const HeadArgs& head) {
   const DeviceScope device(residual);
   const PredictionArgs& prediction = head.prediction;
   const int64_t tokens = prediction.tokens(), all = residual.size(0);
@@ -154,24 +130,17 @@ auto head_stats_of(const Tensor* base, const Tensor& residual, const Head& head)
 
 TokenStats head_stats(Tensor residual, Tensor weight, OptionalTensor bias, Tensor targets,
                       double alpha, double softcap, int64_t d_vocab, int64_t column_tile) {
-  return head_stats_of<false>(
-      nullptr, residual,
-      checked("residual", residual, weight, bias, targets, alpha, softcap, d_vocab, column_tile));
+  const HeadArgs head = checked_head("residual", residual, weight, bias, targets, alpha, softcap,
+                                     d_vocab, column_tile, kColumnTile);
+  return head_stats_of<false>(nullptr, residual, head);
 }
 
 PairStats head_pair_stats(Tensor base_residual, Tensor residual, Tensor weight, OptionalTensor bias,
                           Tensor targets, double alpha, double softcap, int64_t d_vocab,
                           int64_t column_tile) {
-  const Head head = checked("base_residual", base_residual, weight, bias, targets, alpha, softcap,
-                            d_vocab, column_tile);
-  check_real("residual", residual, 2);
-  STD_TORCH_CHECK(residual.scalar_type() == base_residual.scalar_type(),
-                  "residual differs in type from base_residual");
-  const int64_t tokens = base_residual.size(0), rows = residual.size(0);
-  STD_TORCH_CHECK(tokens == 0 ? rows == 0 : rows % tokens == 0, "residual has ", rows,
-                  " rows, expected a multiple of the ", tokens, " of base_residual");
-  check_size("residual", residual, 1, base_residual.size(1));
-  check_device("residual", residual, base_residual);
+  const HeadArgs head = checked_head("base_residual", base_residual, weight, bias, targets, alpha,
+                                     softcap, d_vocab, column_tile, kColumnTile);
+  check_other_residual(base_residual, residual);
   return head_stats_of<true>(&base_residual, residual, head);
 }
 

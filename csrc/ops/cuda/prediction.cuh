@@ -1,38 +1,13 @@
-// Host side of the operators on predictions: checks, the buffer of states, launches.
+// Host side of the operators on predictions: the buffer of states, launches. Whether targets lie
+// inside the vocabulary is the callers' to check; here one that does not gives NaN.
 #pragma once
 
-#include <cmath>
-#include <tuple>
-
 #include "ops/cuda/finish.cuh"
+#include "ops/statistics.h"
 
 namespace saelens_certify {
 
 namespace {
-
-struct PredictionArgs {
-  Tensor targets;  // int64 [tokens]
-  double alpha;
-  double softcap;
-  int64_t d_vocab;
-
-  int64_t tokens() const { return targets.size(0); }
-};
-
-// What all operators on predictions share; `columns` is the width of the logits. Whether targets
-// lie inside the vocabulary is the callers' to check; here one that does not gives NaN.
-inline PredictionArgs checked_prediction(Tensor targets, const Tensor& like, int64_t columns,
-                                         double alpha, double softcap, int64_t d_vocab) {
-  check_tensor("targets", targets, ScalarType::Long, 1);
-  check_size("targets", targets, 0, like.size(0));
-  check_device("targets", targets, like);
-  STD_TORCH_CHECK(alpha >= 0 && alpha < 1, "alpha = ", alpha, " must satisfy 0 <= alpha < 1");
-  STD_TORCH_CHECK(softcap == 0 || (softcap >= 1e-30 && softcap <= 1e30), "softcap = ", softcap,
-                  " must lie between 1e-30 and 1e30 (0: none)");
-  STD_TORCH_CHECK(d_vocab >= 1 && d_vocab <= columns && d_vocab < (int64_t{1} << 31),
-                  "d_vocab = ", d_vocab, " does not fit logits of ", columns, " columns");
-  return {targets, alpha, softcap, d_vocab};
-}
 
 template <bool kCap>
 Cap<kCap> cap_of(const PredictionArgs& args) {
@@ -79,9 +54,6 @@ void launch_segments(const Segments<T, kPair, kCap, kBias>& args, int64_t rows, 
          dim3(grid_size_of(rows), grid_size_of(segments_of(args.columns))), kSegmentThreads, 0,
          stream, args);
 }
-
-using TokenStats = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-using PairStats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Statistics of rows that repeat the tokens of the targets as often as it takes.
 template <bool kPair, bool kCap>

@@ -41,12 +41,7 @@ TokenStats token_stats(Tensor logits, Tensor targets, double alpha, double softc
 
 PairStats pair_stats(Tensor base_logits, Tensor logits, Tensor targets, double alpha,
                      double softcap, int64_t d_vocab) {
-  const Real type = check_real("base_logits", base_logits, 2);
-  STD_TORCH_CHECK(check_real("logits", logits, 2) == type,
-                  "logits differ in type from base_logits");
-  check_size("logits", logits, 0, base_logits.size(0));
-  check_size("logits", logits, 1, base_logits.size(1));
-  check_device("logits", logits, base_logits);
+  const Real type = checked_pair(base_logits, logits);
   return stats_of<true>(
       base_logits, &logits, type,
       checked_prediction(targets, logits, logits.size(1), alpha, softcap, d_vocab));
