@@ -35,7 +35,7 @@ from saelens_certify.ops._checks import (
 from saelens_certify.ops._library import Impl, use_native
 from saelens_certify.ops.codes import SparseCodes
 from saelens_certify.ops.reference.encode import Encoder
-from saelens_certify.ops.screen import Screen
+from saelens_certify.ops.screen import Screen, check_screen
 
 Mode = Literal["exact", "reference"]
 
@@ -263,10 +263,7 @@ def _checked(
     if screen is None:
         screen = Screen(margin.weight_norms(W))
     else:
-        check_vector("screen.norms", screen.norms, W.shape[0], x.device, torch.float32)
-        if screen.weight is not None:
-            check_shape("screen.weight", screen.weight, tuple(W.shape))
-            check_device("screen.weight", screen.weight, x.device)
+        check_screen(screen, W)
     _check_range(largest * x.shape[1] ** 0.5, screen, bias, scale, gate_bias)
     error = margin.gemm_error(x.shape[1], x.device)
     encoder = Encoder(W, bias, scale, theta, gate_bias, screen.norms, error)

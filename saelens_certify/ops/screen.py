@@ -11,18 +11,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from saelens_certify.errors import CertifyError
+from saelens_certify.ops._checks import check_device, check_dtype, check_shape, check_vector
 from saelens_certify.ops.margin import rounded_up, row_chunks, weight_norms
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+
+# Lengths this small are not rounded up (`margin.rounded_up`), but margins have a part for them.
+_SMALLEST = 2.0**-149
 
 
 @dataclass(frozen=True)
 class Screen:
     """Weights as screening multiplies them, with bounds on what that loses.
+
+    It is made by `prepare_screen` and belongs to the weights as they were then.
 
     Attributes:
         norms: Upper bounds on the lengths of the encoder rows w_j.
@@ -38,6 +44,51 @@ class Screen:
     def precision(self) -> torch.dtype:
         """Type of the numbers that are multiplied."""
         return torch.float32 if self.weight is None else self.weight.dtype
+
+
+# Rows of the weights that a screen is compared with.
+_SAMPLE = 8
+
+
+@torch.no_grad()
+def check_screen(screen: Screen, W: Float[Tensor, "d_sae d_in"]) -> None:
+    """Raise if a screen cannot be that of these weights.
+
+    Bounds that do not hold would lose features without a word. This looks at shapes, types,
+    numbers that are no lengths, and a few rows: enough to tell the screen of another SAE, or of
+    weights that have changed as a whole since. It does not see single rows that have changed, nor
+    an entry of ``screen.weight`` or of the bounds that was overwritten: prepare a new screen when
+    weights change.
+
+    Raises:
+        CertifyError: It cannot; the message says what is wrong.
+    """
+    d_sae, device = W.shape[0], W.device
+    check_vector("screen.norms", screen.norms, d_sae, device, torch.float32)
+    if (screen.weight is None) != (screen.error is None):
+        raise CertifyError("screen.weight and screen.error belong together: use prepare_screen")
+    if screen.weight is not None:
+        check_shape("screen.weight", screen.weight, tuple(W.shape))
+        check_dtype("screen.weight", screen.weight, (torch.bfloat16, torch.float16))
+        check_device("screen.weight", screen.weight, device)
+    check_vector("screen.error", screen.error, d_sae, device, torch.float32)
+    for name, bounds in (("norms", screen.norms), ("error", screen.error)):
+        if bounds is not None and not bool(((bounds >= 0) & bounds.isfinite()).all()):
+            raise CertifyError(f"screen.{name} must hold lengths: use prepare_screen")
+    rows = torch.arange(0, d_sae, max(1, d_sae // _SAMPLE), device=device)
+    some = W[rows].double()
+    holds = (_lengths(some) <= screen.norms[rows].double() + _SMALLEST).all()
+    if screen.weight is not None and screen.error is not None:
+        lost = _lengths(some - screen.weight[rows].double())
+        holds &= (lost <= screen.error[rows].double() + _SMALLEST).all()
+    if not bool(holds):
+        raise CertifyError(
+            "screen is that of other weights, or W has changed since: call prepare_screen(W) again"
+        )
+
+
+def _lengths(rows: Float64[Tensor, "rows d_in"]) -> Float64[Tensor, " rows"]:
+    return rows.square().sum(1).sqrt()
 
 
 @torch.no_grad()

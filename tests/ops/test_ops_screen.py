@@ -193,6 +193,54 @@ def test_unusable_screens_are_named():
         ops.topk_encode(x, W, bias, k=2, mode="fast")  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_screens_that_cannot_be_those_of_the_weights(form):
+    x, W, bias, _, _, _ = oracle.random_encoder(16, 3, 30, 200)
+    good = ops.prepare_screen(W, "bfloat16")
+    half, error = good.weight, good.error
+    assert half is not None
+    assert error is not None
+    nan, minus, infinite = (good.norms.clone() for _ in range(3))
+    nan[7], minus[7], infinite[7] = torch.nan, -1, torch.inf
+    wrong = {
+        "screen.norms must hold lengths": [replace(good, norms=n) for n in (nan, minus, infinite)],
+        "screen.error must hold lengths": [replace(good, error=n) for n in (nan, minus, infinite)],
+        "belong together": [replace(good, error=None), replace(good, weight=None)],
+        "screen.norms is torch.float64": [replace(good, norms=good.norms.double())],
+        "screen.error is torch.float64": [replace(good, error=error.double())],
+        r"screen.error has shape \[199\]": [replace(good, error=error[1:])],
+        "screen.weight is torch.float32, expected bfloat16 or float16": [
+            replace(good, weight=half.float())
+        ],
+        "screen is that of other weights, or W has changed": [
+            ops.prepare_screen(W.flip(0), "bfloat16"),
+            ops.prepare_screen(W / 3, "bfloat16"),
+            ops.prepare_screen(W / 3, "float32"),
+            replace(good, norms=good.norms / 2),
+            replace(good, error=error / 2),
+        ],
+    }
+    wanted = form.threshold(x, W, bias)
+    for screen in (good, ops.prepare_screen(W, "float32"), replace(good, norms=2 * good.norms)):
+        oracle.assert_same(ops.threshold_encode(x, W, bias, screen=screen, impl=form.impl), wanted)
+    for message, screens in wrong.items():
+        for screen in screens:
+            with pytest.raises(CertifyError, match=message):
+                ops.topk_encode(x, W, bias, k=5, screen=screen, impl=form.impl)
+            with pytest.raises(CertifyError, match=message):
+                ops.threshold_encode(x, W, bias, screen=screen, impl=form.impl)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1.0, 1e-30, 1e-42])
+def test_screens_of_small_weights_are_accepted(dtype, size):
+    for seed in range(20):
+        x, W, bias, _, _, _ = oracle.random_encoder(seed, 1, 30, 9)
+        W = (size * W).to(dtype)
+        for precision in ("float32", "bfloat16"):
+            ops.topk_encode(x, W, bias, k=1, screen=ops.prepare_screen(W, precision))
+
+
 def zero_pages(shape: tuple[int, int], dtype: type) -> torch.Tensor:
     """Zeros that take memory only where they are written: torch's own are written at once."""
     return torch.from_numpy(np.zeros(shape, dtype))
