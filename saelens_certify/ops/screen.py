@@ -7,6 +7,7 @@ product changes how much is scored exactly, never the codes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,13 +74,15 @@ def check_screen(screen: Screen, W: Float[Tensor, "d_sae d_in"]) -> None:
         check_device("screen.weight", screen.weight, device)
     check_vector("screen.error", screen.error, d_sae, device, torch.float32)
     for name, bounds in (("norms", screen.norms), ("error", screen.error)):
-        if bounds is not None and not bool(((bounds >= 0) & bounds.isfinite()).all()):
-            raise CertifyError(f"screen.{name} must hold lengths: use prepare_screen")
-    rows = torch.arange(0, d_sae, max(1, d_sae // _SAMPLE), device=device)
-    some = W[rows].double()
-    holds = (_lengths(some) <= screen.norms[rows].double() + _SMALLEST).all()
+        if bounds is not None:
+            low, high = torch.aminmax(bounds)
+            # NaN fails every comparison.
+            if not (float(low) >= 0 and float(high) < math.inf):
+                raise CertifyError(f"screen.{name} must hold lengths: use prepare_screen")
+    rows = slice(0, d_sae, -(-d_sae // _SAMPLE))
+    holds = (_lengths(W[rows]) <= screen.norms[rows].double() + _SMALLEST).all()
     if screen.weight is not None and screen.error is not None:
-        lost = _lengths(some - screen.weight[rows].double())
+        lost = _lengths(W[rows].double() - screen.weight[rows].double())
         holds &= (lost <= screen.error[rows].double() + _SMALLEST).all()
     if not bool(holds):
         raise CertifyError(
@@ -87,8 +90,8 @@ def check_screen(screen: Screen, W: Float[Tensor, "d_sae d_in"]) -> None:
         )
 
 
-def _lengths(rows: Float64[Tensor, "rows d_in"]) -> Float64[Tensor, " rows"]:
-    return rows.square().sum(1).sqrt()
+def _lengths(rows: Float[Tensor, "rows d_in"]) -> Float64[Tensor, " rows"]:
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
 
 
 @torch.no_grad()
