@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "ops/schemas.h"
+
 namespace saelens_certify {
 
 namespace {
@@ -41,9 +43,9 @@ Tensor count_outside(Tensor indices, Tensor pool_bits) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(saelens_certify, m) {
-  m.def("restrict(Tensor values, Tensor indices, Tensor pool_bits) -> (Tensor, Tensor, Tensor)");
-  m.def("pool_count_(Tensor(a!) totals, Tensor indices) -> ()");
-  m.def("count_outside(Tensor indices, Tensor pool_bits) -> Tensor");
+  m.def(schemas::kRestrict);
+  m.def(schemas::kPoolCount);
+  m.def(schemas::kCountOutside);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(saelens_certify, CPU, m) {

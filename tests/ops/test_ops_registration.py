@@ -230,6 +230,6 @@ def test_no_tokens_by_features_tensor_is_formed(impl, tokens):
         # The logits are read where they lie.
         assert pair < 8
     else:
-        # The plain torch form works in chunks of 512 rows by 4096 features (8 MiB in float32).
+        # The plain torch form works in chunks of 256 rows by 4096 features (4 MiB in float32).
         assert max(topk, threshold) < 400
         assert pair < 500

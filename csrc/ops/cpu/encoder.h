@@ -3,7 +3,8 @@
 // With 16-bit screening the rows x are split into x = r + o, where o holds the few outlier
 // dimensions and r the rest. The product is h . v for h = bfloat16(r) and v = screen_w_j, and
 //   |x.w - (h.v + o.w)| <= |r - h| |w| + |h| |w - v| + (error of the product h.v) + roundings.
-// The lengths are the actual ones, so that the margin is a third of the worst case.
+// The lengths are the actual ones: the margin is as wide as what rounding lost, not as what it
+// could.
 #pragma once
 
 #include <algorithm>

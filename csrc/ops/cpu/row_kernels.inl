@@ -1,7 +1,8 @@
 // Bodies of the row kernels, compiled once per instruction set into namespace
 // SAELENS_CERTIFY_VARIANT. Vectors are the compiler's own (GCC, Clang): 64 bytes each, lowered to
-// whatever registers the target has; a variant may define SAELENS_CERTIFY_LANES and _WIDEN where
-// the compiler's lowering is poor. Everything has internal linkage.
+// whatever registers the target has; a variant may define SAELENS_CERTIFY_LANES, _WIDEN,
+// _WIDEN_HALF, _FMA and _GATHER_WIDTH where the compiler's lowering is poor. Everything has
+// internal linkage.
 
 namespace saelens_certify::SAELENS_CERTIFY_VARIANT {
 namespace {
@@ -482,4 +483,6 @@ constexpr RowKernels kKernels = {dot,     dot_pair, narrow,  best_of_groups, fil
 #undef SAELENS_CERTIFY_VARIANT
 #undef SAELENS_CERTIFY_LANES
 #undef SAELENS_CERTIFY_WIDEN
+#undef SAELENS_CERTIFY_WIDEN_HALF
+#undef SAELENS_CERTIFY_FMA
 #undef SAELENS_CERTIFY_GATHER_WIDTH
