@@ -47,7 +47,8 @@ double exact_mean(const Values& values, const std::string& rounding) {
 }
 
 // Refuses what could over- or underflow inside a product; NaN fails every comparison.
-void check_between(const char* name, const double* numbers, py::ssize_t n, double low, double high) {
+void check_between(const char* name, const double* numbers, py::ssize_t n, double low,
+                   double high) {
   for (py::ssize_t i = 0; i < n; ++i) {
     if (!(numbers[i] >= low && numbers[i] <= high)) {
       throw std::invalid_argument(std::string(name) + " " + std::to_string(i) + " is outside [" +
