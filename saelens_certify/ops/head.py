@@ -5,9 +5,6 @@ The logits are ``residual @ W_U + b_U``; tiles of them exist for a moment, never
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -126,15 +123,6 @@ def head_pair_stats(
     check_predictions("base logits", stats.bits_base)
     check_predictions("logits", stats.bits)
     return stats
-
-
-def one_at_a_time(
-    operator: Callable[..., Sequence[Tensor]], base: Tensor, residual: Tensor, *head: Any
-) -> tuple[Tensor, ...]:
-    """Compare several predictions where the operator takes as many rows as the base has."""
-    parts = residual.split(base.shape[0]) if base.shape[0] else (residual,)
-    columns = zip(*(operator(base, part, *head) for part in parts), strict=True)
-    return tuple(torch.cat(column) for column in columns)
 
 
 def _checked(

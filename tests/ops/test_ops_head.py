@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 
 from saelens_certify import ops
 from saelens_certify.errors import CertifyError
-from saelens_certify.ops import reference
-from saelens_certify.ops.head import one_at_a_time
 
 IMPLS = oracle.IMPLS
 
@@ -159,18 +157,15 @@ def test_several_predictions_against_one_base(impl, tokens):
     assert none.kl.shape == (0,)
 
 
-def test_one_prediction_at_a_time_gives_the_same_statistics():
-    # How several predictions are compared where the operator takes as many rows as the base has.
+@pytest.mark.parametrize("impl", IMPLS)
+def test_several_predictions_are_each_compared_with_the_base(impl):
     base, other, W, b, targets = case()
-    several = torch.cat([other, base, other.flip(0)])
-    together = ops.head_pair_stats(base, several, W, targets, 0.3, b_U=b)
-    head = (W, b, targets, 0.3, 0.0, 4300, 0)
-    apart = ops.PairStats(*one_at_a_time(reference.head_pair_stats, base, several, *head))
-    for name, values in vars(together).items():
-        assert torch.allclose(values.double(), getattr(apart, name).double(), atol=1e-6)
-    none = (W, b, targets[:0], 0.3, 0.0, 4300, 0)
-    empty = one_at_a_time(reference.head_pair_stats, base[:0], several[:0], *none)
-    assert [len(column) for column in empty] == [0] * 5
+    each = [other, base, other.flip(0)]
+    together = ops.head_pair_stats(base, torch.cat(each), W, targets, 0.3, b_U=b, impl=impl)
+    alone = [ops.head_pair_stats(base, one, W, targets, 0.3, b_U=b, impl=impl) for one in each]
+    for name in ("bits", "kl", "agree", "gold_logprob_gap"):
+        apart = torch.cat([getattr(stats, name) for stats in alone]).double()
+        torch.testing.assert_close(getattr(together, name).double(), apart, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
