@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -150,11 +153,10 @@ class RayWorkers:
 
     def _put(self, value: Any) -> Any:
         try:
-            return self._ray.put(value)
-        except TypeError as error:
-            reason = str(error.__cause__ or error).splitlines()[0]
+            return self._ray.put(_sendable(value))
+        except (TypeError, pickle.PicklingError) as error:
             raise CertifyError(
-                f"this model or SAE cannot be sent to a worker ({reason}): use workers=0"
+                f"this model or SAE cannot be sent to a worker ({error}): use workers=0"
             ) from error
 
     def _result(self, reference: Any) -> Any:
@@ -173,9 +175,9 @@ class RayWorkers:
 class _Worker:
     """What an actor is: the model, and the latest of what tasks share."""
 
-    def __init__(self, engine: ForwardEngine, n_threads: int) -> None:
+    def __init__(self, engine: bytes, n_threads: int) -> None:
         torch.set_num_threads(n_threads)
-        self._engine = engine
+        self._engine: ForwardEngine = pickle.loads(engine)
         self._reference: Any = None
         self._shared: tuple[Any, ...] = ()
 
@@ -184,9 +186,32 @@ class _Worker:
     ) -> Result:
         """Do one task; ``held`` is the reference of what all take, fetched once."""
         if held[0] != self._reference:
-            self._shared = _import_ray().get(held[0])
+            self._shared = pickle.loads(_import_ray().get(held[0]))
             self._reference = held[0]
         return function(self._engine, *self._shared, *task)
+
+
+def _sendable(value: Any) -> bytes:
+    """Pickle a value whose functions may be of any kind.
+
+    Transformers leaves hooks in a model that was once asked for hidden states. They hold a context variable,
+    whose value is a matter of each process.
+    """
+    cloudpickle = _import_ray().cloudpickle
+
+    class Pickler(cloudpickle.Pickler):
+        def reducer_override(self, obj: Any) -> Any:
+            if isinstance(obj, ContextVar):
+                return _unset, (obj.name,)
+            return super().reducer_override(obj)
+
+    with io.BytesIO() as buffer:
+        Pickler(buffer).dump(value)
+        return buffer.getvalue()
+
+
+def _unset(name: str) -> ContextVar[Any]:
+    return ContextVar(name, default=None)
 
 
 def _import_ray() -> Any:

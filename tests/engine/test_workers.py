@@ -70,6 +70,12 @@ def test_certificates_do_not_depend_on_workers(name, tmp_path) -> None:
     verify(tmp_path / "run")
 
 
+def test_a_model_that_was_asked_for_hidden_states_can_be_sent() -> None:
+    model = copy.deepcopy(llama_bridge())
+    model.original_model(EVALUATION[:1], output_hidden_states=True)
+    assert issued(model, ON_RAY).evidence.equals(issued(model, CONFIG).evidence)
+
+
 def test_a_run_goes_on_with_other_workers(tmp_path, monkeypatch) -> None:
     expected = issued(hooked_transformer(), CONFIG)
     real, measured = passes.measure, []
