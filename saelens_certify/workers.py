@@ -162,14 +162,14 @@ class RayWorkers:
     def _result(self, reference: Any) -> Any:
         try:
             return self._ray.get(reference)
-        except self._ray.exceptions.RayActorError as error:
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except self._ray.exceptions.RayError as error:
             raise CertifyError(
                 f"a worker died {_RESTARTS + 1} times at the same task, as for want of memory: lower workers or "
                 "batch_tokens. What was measured before is kept where there is an output folder; the same "
                 "call goes on there"
             ) from error
-        except self._ray.exceptions.RayTaskError as error:
-            raise error.cause from error
 
 
 class _Worker:
