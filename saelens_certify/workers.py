@@ -143,8 +143,9 @@ class RayWorkers:
         gpus = int(self.engine.device.type == "cuda")
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cpus = _processors_each(nodes, self._n_workers, gpus)
+        # Tries while a worker starts again count too: the number of restarts is the limit.
         worker = ray.remote(_Worker).options(
-            num_cpus=cpus, num_gpus=gpus, max_restarts=_RESTARTS, max_task_retries=_RESTARTS
+            num_cpus=cpus, num_gpus=gpus, max_restarts=_RESTARTS, max_task_retries=-1
         )
         # Held: a worker that is started again asks for it once more.
         self._sent = self._put(self.engine)
